@@ -1,0 +1,34 @@
+"""What the rank-one families share: a shape check, and the map that keeps their slopes positive."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# The slope of a layer along its own direction never falls below this, for any parameter value: a thousandfold
+# contraction is more than a layer needs, and a float32 value (7 digits) still comes back from it with 4.
+MIN_SLOPE = 1e-3
+
+
+def slope_minus_one(s: Tensor) -> Tensor:
+    """An increasing map of the real line onto (-1 + MIN_SLOPE, ∞) with 0 -> 0: (1 - δ)(softplus(s + ln(e - 1)) - 1).
+
+    Rezende & Mohamed (2015, app. A.1) use softplus(s) - 1, whose value at 0 is not 0: planar layers then start away
+    from the identity and their û has a pole at w = 0.
+    """
+    return (1 - MIN_SLOPE) * (F.softplus(s + math.log(math.e - 1)) - 1)
+
+
+def check_event(name: str, x: Tensor, dim: int) -> None:
+    """Raises `ValueError` unless x is `(*, dim)`."""
+    if x.dim() == 0 or x.shape[-1] != dim:
+        raise ValueError(f"{name}: expected a tensor of shape (*, {dim}), got {tuple(x.shape)}")
+
+
+def check_positive(name: str, value: int) -> int:
+    """`value` if it is a positive integer; `ValueError` otherwise."""
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return int(value)

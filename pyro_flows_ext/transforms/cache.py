@@ -1,0 +1,125 @@
+"""The cache that cannot lie: the last pass of a transform, reused only while nothing it depends on has changed."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+# Optimizer steps seen by this process. Tensor versions do not move under fused optimizers, nor under those that write
+# `.data` (`pyro.optim.ClippedAdam` among them), so a version alone would let a stale log-det through.
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Registers the step counter once, at the first store: importing the package must change nothing."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+class _Entry(NamedTuple):
+    output: weakref.ref[Tensor]
+    input: Tensor
+    is_forward: bool
+    ladj: Tensor
+    state: Sequence[Tensor]
+    stamp: tuple[Any, ...]
+
+
+class PassCache:
+    """Holds one pass (x, y, ladj) of one transform.
+
+    The output of the pass is held weakly and frees the entry when it dies; the input is held strongly, because in a
+    chain of transforms it is the output of the one before and nobody else may hold it. A hit needs the same tensor
+    objects, unchanged in place, the same parameters and buffers at the same versions, no optimizer step in between,
+    and the same grad and training modes. One way past all of that remains: writing `parameter.data` by hand, outside
+    an optimizer; call `transform.clear_cache()` after doing so.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None
+
+    def store(
+        self,
+        input: Tensor,
+        output: Tensor,
+        ladj: Tensor,
+        state: Sequence[Tensor],
+        *,
+        training: bool,
+        is_forward: bool,
+    ) -> None:
+        """Remembers `output` and the forward `ladj` of a pass over `input`; skipped where it could not be checked."""
+        if (
+            torch.is_inference_mode_enabled()
+            or output.is_inference()
+            or input.is_inference()
+            or torch._C._functorch.is_functorch_wrapped_tensor(output)
+        ):
+            return
+        _watch_optimizers()
+        this = weakref.ref(self)
+
+        def drop(dead: weakref.ref[Tensor]) -> None:
+            cache = this()
+            if cache is not None and cache._entry is not None and cache._entry.output is dead:
+                cache._entry = None
+
+        stamp = _stamp(input, output, state, training)
+        self._entry = _Entry(weakref.ref(output, drop), input, is_forward, ladj, state, stamp)
+
+    def lookup(
+        self,
+        *,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        state: Sequence[Tensor],
+        training: bool,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The stored (x, y, ladj) if it belongs to these very tensors (None: any) and is still true."""
+        entry = self._entry
+        if entry is None or (output := entry.output()) is None:
+            return None
+        x_, y_ = (entry.input, output) if entry.is_forward else (output, entry.input)
+        if (x is not None and x is not x_) or (y is not None and y is not y_):
+            return None
+        # The entry holds its parameters, so none of their ids can have been given to another tensor.
+        if len(entry.state) != len(state) or any(
+            a is not b for a, b in zip(entry.state, state, strict=True)
+        ):
+            return None
+        if torch.is_inference_mode_enabled() or entry.stamp != _stamp(
+            entry.input, output, state, training
+        ):
+            return None
+        return x_, y_, entry.ladj
+
+    def clear(self) -> None:
+        """Forgets the stored pass."""
+        self._entry = None
+
+
+def _stamp(
+    input: Tensor, output: Tensor, state: Sequence[Tensor], training: bool
+) -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        training,
+        _optimizer_steps,
+        input._version,
+        input.requires_grad,
+        output._version,
+        output.requires_grad,
+        *((0 if t.is_inference() else t._version) for t in state),
+        *(t.requires_grad for t in state),
+    )

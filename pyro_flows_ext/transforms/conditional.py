@@ -1,0 +1,42 @@
+"""Conditional (amortized) forms: a hyper-network maps a context to the parameters of a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyro.distributions.conditional import ConditionalTransformModule
+from torch import Tensor
+
+from ..nn import HyperNetwork
+from .base import FlowTransform
+
+
+class ConditionalFlow(ConditionalTransformModule):
+    """x -> f(x; θ + h(c)): a transform whose parameters are shifted by a network h of the context.
+
+    `condition(context)` with a context `(*, C)` gives a transform of batch shape `(*)`: one set of parameters a
+    datum, as in the amortized flows of Rezende & Mohamed (2015) and van den Berg et al. (2018). The
+    network's last layer starts at zero, so that training starts from the unconditional transform at its own initial
+    value. Raises `ValueError` when the context's last dimension is not `context_dim`.
+    """
+
+    def __init__(
+        self,
+        transform: FlowTransform,
+        context_dim: int,
+        hidden_dims: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        self.transform = transform
+        shapes = {name: p.shape for name, p in transform.named_parameters(recurse=False)}
+        self.hyper = HyperNetwork(context_dim, shapes, hidden_dims)
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """The transform for this context: `(*, C)` -> a transform of batch shape `(*)`."""
+        offsets = self.hyper(context)
+        return self.transform.bind(
+            {name: getattr(self.transform, name) + offset for name, offset in offsets.items()}
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.hyper.context_dim})"
