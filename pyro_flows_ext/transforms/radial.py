@@ -24,7 +24,7 @@ class Radial(FlowTransform):
     parameter value, so every layer is invertible. Starts near the identity (β ≈ 0).
 
     Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters for K layers: `x0` `(K, D)`, `alpha_raw`, `beta_raw`
-    `(K)`, with α = softplus(alpha_raw) and β / α > -1 by a shifted softplus of beta_raw.
+    `(K)`, with α = softplus(alpha_raw) and β / α an exponential linear unit of beta_raw, above -1.
     Cost: O(KD) in both directions: the inverse radius is the positive root of a quadratic.
     Raises `ValueError` when the last dimension is not D.
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import householder_columns, matvec, orthonormal_columns, triangular_tanh_root
-from ._constrain import MIN_SLOPE, check_event, check_positive
-from .base import FlowTransform
+from ..ops import householder_columns, orthonormal_columns
+from ._constrain import MIN_SLOPE, check_positive
+from ._low_rank import LowRankTanh, layers
 from .conditional import ConditionalFlow
 
 
-class Sylvester(FlowTransform):
+class Sylvester(LowRankTanh):
     """y = x + Q R tanh(R̃ Qᵀx + b), `num_transforms` times in a row: what the three kinds share.
 
     log|det| = Σ_i log(1 + R_ii R̃_ii (1 - tanh²(R̃Qᵀx + b)_i)), exact. Q `(D, M)` has orthonormal columns; R and R̃
@@ -34,12 +34,11 @@ class Sylvester(FlowTransform):
     kind = ""
 
     def __init__(self, input_dim: int, *, rank: int | None = None, num_transforms: int = 1):
-        super().__init__()
-        self.input_dim = D = check_positive("input_dim", input_dim)
-        self.rank = M = check_positive("rank", D if rank is None else rank)
-        if M > D:
-            raise ValueError(f"rank: expected at most input_dim = {D}, got {M}")
-        self.num_transforms = K = check_positive("num_transforms", num_transforms)
+        super().__init__(input_dim, num_transforms)
+        self.rank = M = check_positive("rank", input_dim if rank is None else rank)
+        if M > input_dim:
+            raise ValueError(f"rank: expected at most input_dim = {input_dim}, got {M}")
+        K = self.num_transforms
         self.r = nn.Parameter(0.01 * torch.randn(K, M, M) / M**0.5)
         self.r_tilde = nn.Parameter(torch.eye(M) + 0.1 * torch.randn(K, M, M) / M**0.5)
         self.b = nn.Parameter(0.1 * torch.randn(K, M))
@@ -48,34 +47,11 @@ class Sylvester(FlowTransform):
         """Q of all layers, `(*, K, D, M)` or broadcastable to it."""
         raise TypeError(f"{type(self).__name__} must define _q()")
 
-    def _layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """B = QR `(*, K, D, M)`, A = R̃Qᵀ `(*, K, M, D)`, R and R̃ `(*, K, M, M)` of all layers."""
+    def _factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
         Q, R, R_tilde = self._q(), _triangular(self.r), _triangular(self.r_tilde)
-        return Q @ R, R_tilde @ Q.mT, R, R_tilde
-
-    def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
-        B, A, R, R_tilde = self._layers()
-        hs = []
-        for B_l, A_l, b_l in zip(B.unbind(-3), A.unbind(-3), self.b.unbind(-2), strict=True):
-            h = (matvec(A_l, x) + b_l).tanh()
-            x = x + matvec(B_l, h)
-            hs.append(h)
-        return x, _ladj(R, R_tilde, hs)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
-        B, A, R, R_tilde = self._layers()
-        layers = zip(
-            B.unbind(-3), A.unbind(-3), self.b.unbind(-2), (R_tilde @ R).unbind(-3), strict=True
-        )
-        hs = []
-        for B_l, A_l, b_l, K_l in reversed(list(layers)):
-            # With p = R̃Qᵀx + b, y = x + QR tanh(p) and QᵀQ = I give p + R̃R tanh(p) = R̃Qᵀy + b, and R̃R is triangular.
-            h = triangular_tanh_root(K_l, matvec(A_l, y) + b_l).tanh()
-            y = y - matvec(B_l, h)
-            hs.append(h)
-        return y, -_ladj(R, R_tilde, hs[::-1])
+        k = R.diagonal(dim1=-2, dim2=-1) * R_tilde.diagonal(dim1=-2, dim2=-1)
+        # AB = R̃QᵀQR = R̃R, upper triangular.
+        return layers(R_tilde @ Q.mT, -3), layers((Q @ R).mT, -3), k
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, rank={self.rank}, num_transforms={self.num_transforms}"
@@ -85,12 +61,6 @@ def _triangular(raw: Tensor) -> Tensor:
     """Upper triangular, with a diagonal in (-√(1 - δ), √(1 - δ)), so that no slope falls below δ = MIN_SLOPE."""
     diagonal = (1 - MIN_SLOPE) ** 0.5 * raw.diagonal(dim1=-2, dim2=-1).tanh()
     return raw.triu(1) + torch.diag_embed(diagonal)
-
-
-def _ladj(R: Tensor, R_tilde: Tensor, hs: Sequence[Tensor]) -> Tensor:
-    h = torch.stack(list(hs), -2)
-    k = R.diagonal(dim1=-2, dim2=-1) * R_tilde.diagonal(dim1=-2, dim2=-1)
-    return torch.log1p(k * (1 - h * h)).sum((-2, -1))
 
 
 class OrthogonalSylvester(Sylvester):
