@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_transform import TransformModule
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from .cache import PassCache
@@ -181,11 +181,21 @@ class FlowTransform(TransformModule):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
+        forget_param_store(self)
         return {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
 
     def __repr__(self) -> str:
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
         return f"{type(self).__name__}({self.extra_repr()}{batch})"
+
+
+def forget_param_store(module: nn.Module) -> None:
+    """Drops the weak references that Pyro's parameter store hangs on a module's parameters, which cannot be pickled.
+
+    The store hangs them on anew at every access.
+    """
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 class InverseFlow(FlowTransform):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 
 from ..nn import HyperNetwork
-from .base import FlowTransform
+from .base import FlowTransform, forget_param_store
 
 
 class ConditionalFlow(ConditionalTransformModule):
@@ -37,6 +38,10 @@ class ConditionalFlow(ConditionalTransformModule):
         return self.transform.bind(
             {name: getattr(self.transform, name) + offset for name, offset in offsets.items()}
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_param_store(self)
+        return dict(self.__dict__)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.hyper.context_dim})"

@@ -20,9 +20,9 @@ class Sylvester(LowRankTanh):
     are upper triangular, and the tanh on both diagonals keeps R_ii R̃_ii > -1 for any parameter value. Starts near
     the identity (R ≈ 0).
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters for K layers of rank M <= D: `r`, `r_tilde` `(K, M, M)`
-    (raw; below the diagonal unused), `b` `(K, M)`, and what the kind needs for Q. Q, QR and R̃Qᵀ of all layers come
-    from batched operations.
+    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters for K layers of rank M <= D: `r` `(K, M, M)` (R on
+    and above its diagonal, R̃ below, transposed), `r_tilde_diag`, `b` `(K, M)`, and what the kind needs for Q. Q, QR
+    and R̃Qᵀ of all layers come from batched operations.
     Cost: forward O(KDM), plus Q once a call; the inverse adds M scalar roots a layer by back-substitution, since in
     the basis of Q the map is triangular.
     Raises `ValueError` when the last dimension is not D.
@@ -39,8 +39,9 @@ class Sylvester(LowRankTanh):
         if M > input_dim:
             raise ValueError(f"rank: expected at most input_dim = {input_dim}, got {M}")
         K = self.num_transforms
-        self.r = nn.Parameter(0.01 * torch.randn(K, M, M) / M**0.5)
-        self.r_tilde = nn.Parameter(torch.eye(M) + 0.1 * torch.randn(K, M, M) / M**0.5)
+        scale = 0.01 * torch.ones(M, M).triu() + 0.1 * torch.ones(M, M).tril(-1)
+        self.r = nn.Parameter(scale * torch.randn(K, M, M) / M**0.5)
+        self.r_tilde_diag = nn.Parameter(torch.ones(K, M))
         self.b = nn.Parameter(0.1 * torch.randn(K, M))
 
     def _q(self) -> Tensor:
@@ -48,7 +49,9 @@ class Sylvester(LowRankTanh):
         raise TypeError(f"{type(self).__name__} must define _q()")
 
     def _factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
-        Q, R, R_tilde = self._q(), _triangular(self.r), _triangular(self.r_tilde)
+        Q = self._q()
+        R = _triangular(self.r, self.r.diagonal(dim1=-2, dim2=-1))
+        R_tilde = _triangular(self.r.mT, self.r_tilde_diag)
         k = R.diagonal(dim1=-2, dim2=-1) * R_tilde.diagonal(dim1=-2, dim2=-1)
         # AB = R̃QᵀQR = R̃R, upper triangular.
         return layers(R_tilde @ Q.mT, -3), layers((Q @ R).mT, -3), k
@@ -57,10 +60,9 @@ class Sylvester(LowRankTanh):
         return f"{self.input_dim}, rank={self.rank}, num_transforms={self.num_transforms}"
 
 
-def _triangular(raw: Tensor) -> Tensor:
-    """Upper triangular, with a diagonal in (-√(1 - δ), √(1 - δ)), so that no slope falls below δ = MIN_SLOPE."""
-    diagonal = (1 - MIN_SLOPE) ** 0.5 * raw.diagonal(dim1=-2, dim2=-1).tanh()
-    return raw.triu(1) + torch.diag_embed(diagonal)
+def _triangular(raw: Tensor, diagonal: Tensor) -> Tensor:
+    """The strict upper triangle of `raw`, with a diagonal in (-√(1 - δ), √(1 - δ)): no slope falls below δ."""
+    return raw.triu(1) + torch.diag_embed((1 - MIN_SLOPE) ** 0.5 * diagonal.tanh())
 
 
 class OrthogonalSylvester(Sylvester):
@@ -143,7 +145,7 @@ class TriangularSylvester(Sylvester):
 class ConditionalSylvester(ConditionalFlow):
     """Sylvester layers whose Q, R, R̃ and b depend on a context `(*, C)`: what the three kinds share.
 
-    `.condition(context)` gives the transform. The hyper-network's last layer emits K(M² + M² + M) numbers a datum,
+    `.condition(context)` gives the transform. The hyper-network's last layer emits K(M² + 2M) numbers a datum,
     and K D M (orthogonal) or K H D (Householder) more for Q.
     """
 

@@ -1,0 +1,5 @@
+"""Training guides."""
+
+from .training import FitResult, fit
+
+__all__ = ["FitResult", "fit"]

@@ -1,0 +1,279 @@
+"""`fit`: train a guide, watch it, and come back with numbers rather than hope."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoGuide
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from .particles import Program, plate_nesting, why_not_vectorized
+
+OptimFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+# A step whose loss or gradient is not finite is skipped; so many in a row mean that no step will ever be finite.
+MAX_BAD_STEPS = 100
+# Windows of this share of the run are compared for convergence, and the last one is averaged for the ELBO.
+WINDOW = 0.1
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of a training run. `losses` are the negative bounds of every step, in nats (NaN where skipped).
+
+    `elbo` ± `elbo_se` is the mean bound over the last tenth of the run, while the parameters still move a little;
+    `diagnostics.importance` estimates it afresh. `converged` says that the bound rose by less than `tolerance`, or
+    not significantly, between the last two tenths: that the loss is level, not that the guide is right.
+    """
+
+    losses: Tensor
+    elbo: float
+    elbo_se: float
+    converged: bool
+    steps: int
+    skipped_steps: int
+    seconds: float
+    guide: Program = field(repr=False)
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_steps: int = 2000,
+    lr: float = 1e-2,
+    num_particles: int = 16,
+    loss: ELBO | None = None,
+    optim: OptimFactory | PyroOptim | None = None,
+    schedule: str = "cosine",
+    final_lr: float = 0.01,
+    clip_norm: float | None = 10.0,
+    tolerance: float = 0.1,
+    seed: int | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains `guide` on `model(*args, **model_kwargs)` by stochastic gradient ascent on the bound.
+
+    By default `Trace_ELBO` with `num_particles` particles in one pass (one by one, with a warning, where the model
+    does not vectorise) and Adam whose rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential"
+    or "constant"). `loss` is any Pyro ELBO and then decides about particles; `optim` makes a torch optimizer from
+    parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to `clip_norm` jointly.
+
+    A step whose loss or gradient is not finite changes nothing and is counted. `seed` makes the run reproducible,
+    initial parameters included where the guide has none yet, and leaves the global generators as they were.
+
+    Raises `ValueError` for arguments out of range and `FloatingPointError` after 100 steps in a row without a finite
+    gradient.
+    """
+    _check_settings(num_steps, lr, num_particles, schedule)
+    kwargs = dict(model_kwargs or {})
+    with _seeded(seed):
+        _set_up(guide, args, kwargs)
+        if loss is None:
+            loss = _elbo(model, guide, args, kwargs, num_particles)
+        trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
+        trainer.use(optim, lr, _decay(schedule, num_steps, final_lr))
+        losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
+        start, bad, skipped = time.perf_counter(), 0, 0
+        for step in _progress(num_steps, losses, progress):
+            # Pyro's checks cost a third of a step, and the first one has seen every shape there is.
+            with pyro.validation_enabled(False) if step > 0 else _as_it_is():
+                value = trainer.step()
+            if value is None:
+                bad, skipped = bad + 1, skipped + 1
+                if bad == MAX_BAD_STEPS:
+                    raise FloatingPointError(
+                        f"no finite loss and gradient in {bad} steps in a row (up to step {step + 1}): check the model "
+                        "for values outside a support, lower lr, or start closer with init_loc_fn and init_scale"
+                    )
+                continue
+            bad, losses[step] = 0, value
+        seconds = time.perf_counter() - start
+    elbo, elbo_se, converged = _verdict(losses, tolerance)
+    return FitResult(
+        losses=losses,
+        elbo=elbo,
+        elbo_se=elbo_se,
+        converged=converged,
+        steps=num_steps,
+        skipped_steps=skipped,
+        seconds=seconds,
+        guide=guide,
+    )
+
+
+class _Trainer:
+    """Loss, gradient and update of one step."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss: ELBO,
+        clip_norm: float | None,
+    ):
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.loss, self.clip_norm = loss, clip_norm
+        self.known: dict[int, Tensor] = {}
+
+    def use(
+        self, optim: OptimFactory | PyroOptim | None, lr: float, decay: Callable[[int], float]
+    ) -> None:
+        """Decides who updates the parameters."""
+        self.pyro_optim = optim if isinstance(optim, PyroOptim) else None
+        if optim is None:
+
+            def factory(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+                return torch.optim.Adam(params, lr=lr)
+
+        else:
+            factory = optim  # type: ignore[assignment]
+        self.factory, self.decay = factory, decay
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.base_lrs: list[float] = []
+        self.count = 0
+
+    def step(self) -> float | None:
+        """The loss before the update, or None (and no update) if it or its gradient is not finite."""
+        with poutine.trace(param_only=True) as capture:
+            value = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
+        sites = [s for s in capture.trace.nodes.values() if s["type"] == "param"]
+        params = list({id(p): p for p in (s["value"].unconstrained() for s in sites)}.values())
+        active = [p for p in params if p.grad is not None]
+        clip_norm = math.inf if self.clip_norm is None else self.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(active, clip_norm)
+        finite = math.isfinite(value) and bool(norm.isfinite())
+        if finite:
+            self._update(params)
+        for p in params:
+            p.grad = None
+        self.count += 1
+        return float(value) if finite else None
+
+    def _update(self, params: list[Tensor]) -> None:
+        if self.pyro_optim is not None:
+            self.pyro_optim(params)
+            return
+        new = [p for p in params if id(p) not in self.known]  # some guides make parameters as they go
+        self.known.update({id(p): p for p in new})
+        if self.optimizer is None:
+            self.optimizer = self.factory(new)
+            self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        elif new:
+            self.optimizer.add_param_group({"params": new})
+            self.base_lrs.append(self.base_lrs[0])
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self.decay(self.count)
+        self.optimizer.step()
+
+
+def _check_settings(num_steps: int, lr: float, num_particles: int, schedule: str) -> None:
+    for name, value in (("num_steps", num_steps), ("num_particles", num_particles)):
+        if int(value) != value or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: expected a positive number, got {lr!r}")
+    if schedule not in ("cosine", "exponential", "constant"):
+        raise ValueError(
+            f'schedule: expected "cosine", "exponential" or "constant", got {schedule!r}'
+        )
+
+
+def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Creates the guide's parameters now, inside the seed, and without a graph."""
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        with torch.no_grad(), poutine.block():
+            guide(*args, **kwargs)
+
+
+def _elbo(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+) -> ELBO:
+    if num_particles == 1:
+        return Trace_ELBO()
+    reason = why_not_vectorized(model, guide, args, kwargs)
+    if reason is not None:
+        warnings.warn(f"particles run one by one: {reason}", stacklevel=3)
+    return Trace_ELBO(
+        num_particles=num_particles,
+        max_plate_nesting=plate_nesting(model, guide, args, kwargs),
+        vectorize_particles=reason is None,
+    )
+
+
+def _decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]:
+    if schedule == "cosine":
+        return lambda i: final + (1 - final) * (1 + math.cos(math.pi * i / num_steps)) / 2
+    if schedule == "exponential":
+        return lambda i: final ** (i / num_steps)
+    return lambda i: 1.0
+
+
+def _progress(num_steps: int, losses: Tensor, show: bool) -> Iterator[int]:
+    if not show:
+        yield from range(num_steps)
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=num_steps, desc="fit", unit="step") as bar:
+        for step in range(num_steps):
+            yield step
+            bar.update()
+            if step % 50 == 49:
+                recent = losses[max(0, step - 99) : step + 1]
+                bar.set_postfix_str(f"ELBO {-recent.nanmean().item():.3f}", refresh=False)
+
+
+def _verdict(losses: Tensor, tolerance: float) -> tuple[float, float, bool]:
+    """Mean and standard error of the bound over the last window, and whether it is level with the one before."""
+    size = max(1, int(WINDOW * len(losses)))
+    (mean, se), (before, before_se) = (
+        _mean_and_se(losses[len(losses) - (i + 1) * size : len(losses) - i * size]) for i in (0, 1)
+    )
+    noise = 2 * math.hypot(se, before_se)
+    # Comparisons with NaN are False: an estimate that is not there is not level.
+    return -mean, se, before - mean <= tolerance + noise
+
+
+def _mean_and_se(window: Tensor) -> tuple[float, float]:
+    window = window[window.isfinite()]
+    if len(window) < 2:
+        return (window.mean().item() if len(window) else math.nan), math.inf
+    return window.mean().item(), (window.std() / len(window) ** 0.5).item()
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Seeds every generator Pyro knows, and puts them back as they were."""
+    if seed is None:
+        yield
+        return
+    state = pyro.util.get_rng_state()
+    try:
+        pyro.set_rng_seed(seed)
+        yield
+    finally:
+        pyro.util.set_rng_state(state)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
