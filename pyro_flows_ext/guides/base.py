@@ -96,7 +96,7 @@ class AutoFlow(AutoContinuous):
         except Exception:
             self.prototype_trace = None  # a failed setup leaves the guide as it was: not set up
             raise
-        self.prototype_trace = _slim(self.prototype_trace)
+        self.prototype_trace = _slim(self._sites())
         self._known_shapes = {_shapes(args, kwargs)}
         flow = self._flow_factory(self.latent_dim) if self._flow_factory is not None else None
         if not isinstance(flow, FlowTransform):
@@ -111,7 +111,7 @@ class AutoFlow(AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
         except (NotImplementedError, ValueError) as error:
             if self.prototype_trace is not None:
-                for name, site in self.prototype_trace.iter_stochastic_nodes():
+                for name, site in self._sites():
                     if site["fn"].support.is_discrete:
                         raise ValueError(
                             f"latent {name!r} is discrete ({type(site['fn']).__name__}), and a flow is continuous: "
@@ -119,7 +119,7 @@ class AutoFlow(AutoContinuous):
                             f"poutine.block(model, hide=[{name!r}])"
                         ) from error
             raise
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in self._sites():
             for frame in site["cond_indep_stack"]:
                 if frame.full_size is not None and frame.full_size != frame.size:
                     raise ValueError(
@@ -173,9 +173,7 @@ class AutoFlow(AutoContinuous):
         return super().forward(*args, **kwargs)
 
     @torch.no_grad()
-    def sample_posterior(
-        self, num_samples: int, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Constrained draws: site -> `(num_samples, *shape)`, without gradient."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -187,12 +185,9 @@ class AutoFlow(AutoContinuous):
 
         For values from anywhere; -inf outside the support. Raises `ValueError` when the sites or shapes do not fit.
         """
-        self._require_setup()
-        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        sites = dict(self._sites())
         if sites.keys() != samples.keys():
-            raise ValueError(
-                f"samples: expected the sites {sorted(sites)}, got {sorted(samples)}"
-            )
+            raise ValueError(f"samples: expected the sites {sorted(sites)}, got {sorted(samples)}")
         parts, ladjs, inside = [], [], []
         for name, site in sites.items():
             value, shape = samples[name], site["value"].shape
@@ -204,7 +199,7 @@ class AutoFlow(AutoContinuous):
                 )
             support = site["fn"].support
             valid = support.check(value)
-            valid = valid.reshape(value.shape[:cut] + (-1,)).all(-1)
+            valid = valid.reshape((*value.shape[:cut], -1)).all(-1)
             inside.append(valid)
             # A value outside would make the gradient of its neighbours NaN: put one inside in its place.
             safe = torch.where(valid.reshape(valid.shape + (1,) * len(shape)), value, site["value"])
@@ -212,7 +207,7 @@ class AutoFlow(AutoContinuous):
             unconstrained = constrain.inv(safe)
             ladj = constrain.log_abs_det_jacobian(unconstrained, safe)
             ladjs.append(sum_rightmost(ladj, ladj.dim() - cut))
-            parts.append(unconstrained.reshape(value.shape[:cut] + (-1,)))
+            parts.append(unconstrained.reshape((*value.shape[:cut], -1)))
         if len({part.shape[:-1] for part in parts}) > 1:
             raise ValueError(
                 "samples: expected the same leading shape for every site, got "
@@ -237,10 +232,15 @@ class AutoFlow(AutoContinuous):
             for name, value in samples.items()
         }
 
+    def _sites(self) -> list[tuple[str, Any]]:
+        """The latent sites of the prototype."""
+        self._require_setup()
+        return list(self.prototype_trace.iter_stochastic_nodes())  # type: ignore[union-attr]
+
     def _constrain(self, latent: Tensor) -> list[tuple[str, Tensor]]:
         """Splits `(N, D)` unconstrained into constrained sites `(N, *shape)`."""
         values, position = [], 0
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in self._sites():
             shape = self._unconstrained_shapes[name]
             part = latent[:, position : position + shape.numel()].reshape(-1, *shape)
             values.append((name, biject_to(site["fn"].support)(part)))
@@ -264,7 +264,7 @@ class AutoFlow(AutoContinuous):
             trace = poutine.trace(poutine.block(self.model, self._prototype_hide_fn)).get_trace(
                 *args, **kwargs
             )
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in self._sites():
             old, new = _extent(site, site), _extent(trace.nodes[name], site)
             if old != new:
                 raise ValueError(
@@ -308,11 +308,12 @@ class AutoFlow(AutoContinuous):
         return new
 
 
-def _slim(trace: Trace) -> Trace:
-    """The latent sites alone, their tensors detached: what a guide needs, and what a file can hold."""
+def _slim(sites: list[tuple[str, Any]]) -> Trace:
+    """A trace of these sites with their tensors detached: what a guide needs, and what a file can hold."""
     slim = Trace()
-    for name, site in trace.iter_stochastic_nodes():
-        node = {**site, "args": (), "kwargs": {}, "infer": {}, "value": site["value"].detach().clone()}
+    for name, site in sites:
+        node = {**site, "args": (), "kwargs": {}, "infer": {}}
+        node["value"] = site["value"].detach().clone()
         node["fn"] = map_tensors(site["fn"], lambda t: t.detach().clone())
         slim.add_node(name, **node)
     return slim

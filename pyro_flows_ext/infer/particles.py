@@ -53,8 +53,8 @@ def draw_particles(
     """
     kwargs = kwargs or {}
     single = _traces(model, guide, args, kwargs)
-    for name, site in single[0].nodes.items():
-        if site["type"] == "sample" and site_is_subsample(site):
+    for name, site in _sample_sites(single[0]):
+        if site_is_subsample(site):
             size, full_size = len(site["value"]), site["fn"].size
             if size < full_size:
                 raise ValueError(
@@ -102,14 +102,12 @@ def why_not_vectorized(
     except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
         return f"with a batch of particles the model raises {type(error).__name__}: {error}"
     subsample = {
-        name: site["value"]
-        for name, site in model_trace.nodes.items()
-        if site["type"] == "sample" and site_is_subsample(site)
+        name: site["value"] for name, site in _sample_sites(model_trace) if site_is_subsample(site)
     }
+    shapes = {name: site["value"].shape for name, site in _latents(single[1])}
     for i in range(num):
         values = {
-            name: site["value"][i].reshape(single[1].nodes[name]["value"].shape)
-            for name, site in _latents(guide_trace)
+            name: site["value"][i].reshape(shapes[name]) for name, site in _latents(guide_trace)
         }
         conditioned = poutine.condition(model, data={**values, **subsample})
         with poutine.block():
@@ -157,20 +155,22 @@ def _nesting(*traces: Trace) -> int:
     dims = [
         frame.dim
         for trace in traces
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
+        for _, site in _sample_sites(trace)
         for frame in site["cond_indep_stack"]
         if frame.vectorized
     ]
     return -min(dims) if dims else 0
 
 
+def _sample_sites(trace: Trace) -> list[tuple[str, Any]]:
+    return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
+
+
 def _latents(guide_trace: Trace) -> list[tuple[str, Any]]:
     return [
         (name, site)
-        for name, site in guide_trace.nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
+        for name, site in _sample_sites(guide_trace)
+        if not site["is_observed"]
         and not site_is_subsample(site)
         and not site["infer"].get("is_auxiliary")
     ]
@@ -187,24 +187,22 @@ def _collect(
 
     def total(trace: Trace) -> Tensor:
         trace.compute_log_prob()
-        terms = [
-            site["log_prob"]
-            for site in trace.nodes.values()
-            if site["type"] == "sample" and not site_is_subsample(site)
-        ]
+        terms = [s["log_prob"] for _, s in _sample_sites(trace) if not site_is_subsample(s)]
         return torch.stack(
             [t.reshape(num, -1).sum(-1) if t.dim() else t.expand(num) for t in terms]
         ).sum(0)
 
     shapes = {name: site["value"].shape for name, site in _latents(single[1])}
     log_joint, log_guide = total(model_trace), total(guide_trace)
-    likelihood = {}
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
-            continue
-        if not isinstance(site["fn"], dist.Unit):  # pyro.factor observes no data
-            shape = single[0].nodes[name]["fn"].batch_shape
-            likelihood[name] = site["unscaled_log_prob"].reshape(num, *shape)
+    # pyro.factor is an observed site of type Unit, and observes no data.
+    batch_shapes = {name: site["fn"].batch_shape for name, site in _sample_sites(single[0])}
+    likelihood = {
+        name: site["unscaled_log_prob"].reshape(num, *batch_shapes[name])
+        for name, site in _sample_sites(model_trace)
+        if site["is_observed"]
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], dist.Unit)
+    }
     return Particles(
         samples={
             name: site["value"].reshape(num, *shapes[name]) for name, site in _latents(guide_trace)

@@ -24,7 +24,8 @@ OptimFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 # A step whose loss or gradient is not finite is skipped; so many in a row mean that no step will ever be finite.
 MAX_BAD_STEPS = 100
-# Windows of this share of the run are compared for convergence, and the last one is averaged for the ELBO.
+# Windows of this share of the run, in its middle and at its end, are compared for convergence. The last two would
+# not do: a rate that falls to nothing levels any loss.
 WINDOW = 0.1
 
 
@@ -33,8 +34,9 @@ class FitResult:
     """What came of a training run. `losses` are the negative bounds of every step, in nats (NaN where skipped).
 
     `elbo` ± `elbo_se` is the mean bound over the last tenth of the run, while the parameters still move a little;
-    `diagnostics.importance` estimates it afresh. `converged` says that the bound rose by less than `tolerance`, or
-    not significantly, between the last two tenths: that the loss is level, not that the guide is right.
+    `diagnostics.importance` estimates it afresh. `converged` says that the bound rose by less than `tolerance` nats,
+    or not significantly, from the tenth in the middle of the run to the last one: that more steps would change
+    little, not that the guide is right.
     """
 
     losses: Tensor
@@ -88,8 +90,7 @@ def fit(
         losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
         start, bad, skipped = time.perf_counter(), 0, 0
         for step in _progress(num_steps, losses, progress):
-            # Pyro's checks cost a third of a step, and the first one has seen every shape there is.
-            with pyro.validation_enabled(False) if step > 0 else _as_it_is():
+            with _quietly(first=step == 0):
                 value = trainer.step()
             if value is None:
                 bad, skipped = bad + 1, skipped + 1
@@ -101,6 +102,11 @@ def fit(
                 continue
             bad, losses[step] = 0, value
         seconds = time.perf_counter() - start
+    if skipped:
+        warnings.warn(
+            f"{skipped} of {num_steps} steps had no finite loss and gradient, and were skipped",
+            stacklevel=2,
+        )
     elbo, elbo_se, converged = _verdict(losses, tolerance)
     return FitResult(
         losses=losses,
@@ -123,7 +129,7 @@ class _Trainer:
         guide: Program,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        loss: ELBO,
+        loss: Any,  # an ELBO; its abstract base does not declare loss_and_grads
         clip_norm: float | None,
     ):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
@@ -151,7 +157,7 @@ class _Trainer:
         """The loss before the update, or None (and no update) if it or its gradient is not finite."""
         with poutine.trace(param_only=True) as capture:
             value = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
-        sites = [s for s in capture.trace.nodes.values() if s["type"] == "param"]
+        sites: list[Any] = [s for s in capture.trace.nodes.values() if s["type"] == "param"]
         params = list({id(p): p for p in (s["value"].unconstrained() for s in sites)}.values())
         active = [p for p in params if p.grad is not None]
         clip_norm = math.inf if self.clip_norm is None else self.clip_norm
@@ -168,7 +174,9 @@ class _Trainer:
         if self.pyro_optim is not None:
             self.pyro_optim(params)
             return
-        new = [p for p in params if id(p) not in self.known]  # some guides make parameters as they go
+        new = [
+            p for p in params if id(p) not in self.known
+        ]  # some guides make parameters as they go
         self.known.update({id(p): p for p in new})
         if self.optimizer is None:
             self.optimizer = self.factory(new)
@@ -243,11 +251,10 @@ def _progress(num_steps: int, losses: Tensor, show: bool) -> Iterator[int]:
 
 
 def _verdict(losses: Tensor, tolerance: float) -> tuple[float, float, bool]:
-    """Mean and standard error of the bound over the last window, and whether it is level with the one before."""
-    size = max(1, int(WINDOW * len(losses)))
-    (mean, se), (before, before_se) = (
-        _mean_and_se(losses[len(losses) - (i + 1) * size : len(losses) - i * size]) for i in (0, 1)
-    )
+    """Mean and standard error of the bound over the last window, and whether it is level with the middle one."""
+    size, middle = max(1, int(WINDOW * len(losses))), len(losses) // 2
+    mean, se = _mean_and_se(losses[-size:])
+    before, before_se = _mean_and_se(losses[middle : middle + size])
     noise = 2 * math.hypot(se, before_se)
     # Comparisons with NaN are False: an estimate that is not there is not level.
     return -mean, se, before - mean <= tolerance + noise
@@ -275,5 +282,15 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+def _quietly(first: bool) -> Iterator[None]:
+    """Leaves Pyro's checks to the first step, which sees every shape there is: they cost a third of a step.
+
+    Its warning of a loss that is not finite is left out, since such steps are skipped and counted.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
+        if first:
+            yield
+        else:
+            with pyro.validation_enabled(False):
+                yield

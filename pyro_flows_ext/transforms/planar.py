@@ -56,9 +56,7 @@ class ConditionalPlanar(ConditionalFlow):
         *,
         num_transforms: int = 1,
     ):
-        super().__init__(
-            Planar(input_dim, num_transforms=num_transforms), context_dim, hidden_dims
-        )
+        super().__init__(Planar(input_dim, num_transforms=num_transforms), context_dim, hidden_dims)
 
 
 def planar(input_dim: int, *, num_transforms: int = 1) -> Planar:

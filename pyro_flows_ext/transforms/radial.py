@@ -106,9 +106,7 @@ class ConditionalRadial(ConditionalFlow):
         *,
         num_transforms: int = 1,
     ):
-        super().__init__(
-            Radial(input_dim, num_transforms=num_transforms), context_dim, hidden_dims
-        )
+        super().__init__(Radial(input_dim, num_transforms=num_transforms), context_dim, hidden_dims)
 
 
 def radial(input_dim: int, *, num_transforms: int = 1) -> Radial:

@@ -36,7 +36,7 @@ class Sylvester(LowRankTanh):
     def __init__(self, input_dim: int, *, rank: int | None = None, num_transforms: int = 1):
         super().__init__(input_dim, num_transforms)
         self.rank = M = check_positive("rank", input_dim if rank is None else rank)
-        if M > input_dim:
+        if input_dim < M:
             raise ValueError(f"rank: expected at most input_dim = {input_dim}, got {M}")
         K = self.num_transforms
         scale = 0.01 * torch.ones(M, M).triu() + 0.1 * torch.ones(M, M).tril(-1)

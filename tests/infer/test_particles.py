@@ -1,0 +1,82 @@
+"""Particles: densities against Pyro's own, one by one and together."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flows_ext.guides import AutoPlanar
+from pyro_flows_ext.infer.particles import draw_particles, why_not_vectorized
+
+Y = torch.tensor([[0.5, 1.5], [-0.2, 0.9], [0.1, 0.4]])
+
+
+def nested(y=Y):
+    """Two plates, an event dimension, and a factor."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("rows", 3, dim=-1):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, scale.unsqueeze(-1)).to_event(1), obs=y)
+    pyro.factor("penalty", -mu.pow(2).sum(-1))
+
+
+def flat_sum(y=Y):
+    """Adds over every dimension there is: right for one particle, wrong for several, and silent about it."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("all", -(y.sum() - mu.sum()).pow(2))
+
+
+def wrong_shape(y=Y):
+    """Cannot broadcast a batch of particles."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("product", -(torch.eye(2) @ mu.reshape(2)).sum())
+
+
+@pytest.mark.parametrize("model", [nested, flat_sum, wrong_shape], ids=lambda m: m.__name__)
+def test_densities_are_those_of_a_single_trace(model):
+    guide = AutoPlanar(model, 2)
+    guide.setup(Y)
+    with torch.no_grad():
+        particles = draw_particles(model, guide, (Y,), num_samples=7, chunk_size=4)
+    assert particles.log_weights.shape == (7,)
+    torch.testing.assert_close(guide.log_prob(particles.samples), particles.log_guide)
+    for i in range(7):
+        values = {name: value[i] for name, value in particles.samples.items()}
+        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(Y)
+        trace.compute_log_prob()
+        torch.testing.assert_close(particles.log_joint[i], trace.log_prob_sum())
+        for name, value in particles.log_likelihood.items():
+            torch.testing.assert_close(value[i], trace.nodes[name]["log_prob"])
+    assert set(particles.log_likelihood) == ({"y"} if model is nested else set())
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(flat_sum, "log joint of a particle"), (wrong_shape, "RuntimeError")],
+    ids=["silent", "loud"],
+)
+def test_models_that_do_not_vectorise_are_found_out(model, reason):
+    guide = AutoPlanar(model, 1)
+    guide.setup(Y)
+    assert reason in why_not_vectorized(model, guide, (Y,))
+
+
+def test_models_that_vectorise_pass():
+    guide = AutoNormal(nested)
+    guide(Y)
+    assert why_not_vectorized(nested, guide, (Y,)) is None
+
+
+def test_scales_and_subsampled_likelihoods():
+    def subsampled(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3, subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index, 0])
+
+    guide = AutoPlanar(subsampled, 1)
+    guide.setup(Y)
+    assert why_not_vectorized(subsampled, guide, (Y,)) is None
+    with pytest.raises(ValueError, match="plate 'rows' subsamples 2 of 3"):
+        draw_particles(subsampled, guide, (Y,), num_samples=3)

@@ -1,0 +1,185 @@
+"""`fit`: numbers against closed forms, reproducibility, and what happens when steps go wrong."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flows_ext.guides import AutoPlanar, AutoSylvester
+from pyro_flows_ext.infer import fit
+
+Y = torch.tensor([0.5, 1.5, -0.2, 0.9])
+
+
+def conjugate(y=Y):
+    """mu ~ N(0, 1), y ~ N(mu, 1): the posterior is N(Σy / (n+1), 1 / (n+1))."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def log_evidence(y=Y):
+    covariance = torch.eye(len(y)) + torch.ones(len(y), len(y))
+    return dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y).item()
+
+
+def quick(guide, **options):
+    options = {"num_steps": 20, "progress": False, "seed": 0, **options}
+    return fit(conjugate, guide, Y, **options)
+
+
+def test_reaches_the_exact_posterior_and_says_so():
+    guide = AutoSylvester(conjugate)
+    result = fit(conjugate, guide, Y, num_steps=600, lr=0.03, progress=False, seed=0)
+    assert result.elbo == pytest.approx(log_evidence(), abs=0.01)
+    assert result.converged
+    assert result.guide is guide
+    assert (result.steps, result.skipped_steps, len(result.losses)) == (600, 0, 600)
+    assert result.seconds > 0
+    draws = guide.sample_posterior(20_000)["mu"]
+    assert draws.mean().item() == pytest.approx(Y.sum().item() / 5, abs=0.02)
+    assert draws.std().item() == pytest.approx(5**-0.5, abs=0.02)
+
+
+def test_a_run_cut_short_is_not_converged():
+    far = AutoPlanar(
+        conjugate, init_scale=1e-4
+    )  # log(.45 / 1e-4) is 8.4, and 200 steps of .01 go 2 at most
+    assert not quick(far, num_steps=200).converged
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        None,
+        lambda params: torch.optim.SGD(params, lr=1e-3),
+        pyro.optim.ClippedAdam({"lr": 0.01}),
+    ],
+    ids=["default", "torch", "pyro"],
+)
+@pytest.mark.parametrize("schedule", ["cosine", "exponential", "constant"])
+def test_every_optimizer_and_schedule_lowers_the_loss(optim, schedule):
+    result = quick(AutoPlanar(conjugate), num_steps=150, optim=optim, schedule=schedule)
+    assert result.losses[-30:].mean() < result.losses[:30].mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(), TraceMeanField_ELBO(), RenyiELBO(alpha=0.5, num_particles=2)],
+    ids=["trace", "mean-field", "renyi"],
+)
+def test_any_loss(loss):
+    assert quick(AutoPlanar(conjugate), loss=loss).losses.isfinite().all()
+
+
+def test_stock_guides_train_too():
+    result = quick(AutoNormal(conjugate), num_steps=400, lr=0.03)
+    assert result.elbo == pytest.approx(log_evidence(), abs=0.02)
+
+
+def test_the_seed_fixes_everything_and_leaves_the_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    losses = []
+    for seed in (1, 1, 2):
+        with pyro.get_param_store().scope():
+            losses.append(quick(AutoPlanar(conjugate), seed=seed).losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    assert (losses[0] != losses[2]).all()
+    torch.testing.assert_close(torch.rand(2), expected, rtol=0, atol=0)
+
+
+def test_a_second_call_goes_on_where_the_first_stopped():
+    guide = AutoPlanar(conjugate)
+    first = quick(guide, num_steps=200, lr=0.03)
+    second = quick(guide, num_steps=20, lr=1e-4)
+    assert second.losses.mean() < first.losses[:20].mean() - 1
+
+
+def test_a_model_that_does_not_vectorise_falls_back_and_says_why():
+    def sums_over_particles(y=Y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("likelihood", dist.Normal(mu.reshape(-1).sum(), 1.0).log_prob(y).sum())
+
+    guide = AutoPlanar(sums_over_particles)
+    with pytest.warns(UserWarning, match="particles run one by one: .*log joint of a particle"):
+        result = fit(
+            sums_over_particles,
+            guide,
+            Y,
+            num_steps=500,
+            lr=0.03,
+            num_particles=4,
+            progress=False,
+            seed=0,
+        )
+    assert result.elbo == pytest.approx(log_evidence(), abs=0.05)
+
+
+def test_model_kwargs_reach_model_and_guide():
+    def regression(x, *, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    guide = AutoPlanar(regression)
+    result = fit(regression, guide, Y, model_kwargs={"y": Y}, num_steps=5, progress=False)
+    assert result.losses.isfinite().all()
+
+
+class Flaky:
+    """A conjugate model whose likelihood is not finite on chosen calls."""
+
+    def __init__(self, bad):
+        self.calls, self.bad = 0, bad
+
+    def __call__(self, y):
+        self.calls += 1
+        conjugate(y)
+        value = math.nan if self.bad(self.calls) else 0.0
+        mu = pyro.sample("nu", dist.Normal(0.0, 1.0))
+        pyro.factor("flaky", mu * value)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted():
+    model = Flaky(lambda call: call % 5 == 0)
+    guide = AutoPlanar(model)
+    with pytest.warns(UserWarning, match="8 of 40 steps had no finite loss"):
+        result = fit(model, guide, Y, num_steps=40, num_particles=1, progress=False, seed=0)
+    assert result.skipped_steps == result.losses.isnan().sum() == 8
+    assert all(p.isfinite().all() for p in guide.parameters())
+    assert math.isfinite(result.elbo)
+
+
+def test_a_model_that_stops_being_finite_ends_in_one_clear_error():
+    model = Flaky(lambda call: call > 3)
+    guide = AutoPlanar(model)
+    guide.setup(Y)
+    with pytest.raises(FloatingPointError, match=r"100 steps in a row .* check the model"):
+        fit(model, guide, Y, num_steps=500, num_particles=1, progress=False)
+    assert all(value.isfinite().all() for value in guide.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps: expected a positive integer, got 0"),
+        ({"num_particles": 1.5}, "num_particles: expected a positive integer"),
+        ({"lr": math.nan}, "lr: expected a positive number"),
+        ({"schedule": "linear"}, 'schedule: expected "cosine"'),
+    ],
+    ids=["steps", "particles", "lr", "schedule"],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        quick(AutoPlanar(conjugate), **options)
+
+
+def test_the_progress_bar_shows_the_bound(capsys):
+    quick(AutoPlanar(conjugate), num_steps=100, progress=True)
+    assert "ELBO -" in capsys.readouterr().err
