@@ -195,9 +195,9 @@ def _collect(
     shapes = {name: site["value"].shape for name, site in _latents(single[1])}
     log_joint, log_guide = total(model_trace), total(guide_trace)
     # pyro.factor is an observed site of type Unit, and observes no data.
-    batch_shapes = {name: site["fn"].batch_shape for name, site in _sample_sites(single[0])}
+    alone = dict(_sample_sites(single[0]))
     likelihood = {
-        name: site["unscaled_log_prob"].reshape(num, *batch_shapes[name])
+        name: site["unscaled_log_prob"].reshape(num, *alone[name]["fn"].batch_shape)
         for name, site in _sample_sites(model_trace)
         if site["is_observed"]
         and not site_is_subsample(site)
