@@ -77,4 +77,4 @@ def _root(K: Tensor, q: Tensor) -> Tensor:
 
 def _ladj(k: Tensor, hs: Sequence[Tensor]) -> Tensor:
     h = torch.stack(list(hs), -2) if len(hs) > 1 else hs[0].unsqueeze(-2)
-    return torch.addcmul(k, k, h * h, value=-1).log1p().sum((-2, -1))
+    return torch.addcmul(k, k, h.square(), value=-1).log1p().sum((-2, -1))

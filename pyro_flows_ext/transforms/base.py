@@ -133,7 +133,7 @@ class FlowTransform(TransformModule):
                 )
             batch_shapes.append(tensor.shape[:cut])
         view = object.__new__(type(self))
-        view.__dict__.update(self.__getstate__())
+        view.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _UNSAVED})
         view.__dict__["_parameters"] = {
             k: v for k, v in self._parameters.items() if k not in tensors
         }
@@ -159,17 +159,12 @@ class FlowTransform(TransformModule):
         if torch.compiler.is_compiling():
             return None
         cache = self.__dict__.get("_pass_cache")
-        if cache is None:
-            return None
-        return cache.lookup(x=x, y=y, state=self._state(), training=self.training)
+        return None if cache is None else cache.lookup(self, x=x, y=y)
 
     def _store(self, input: Tensor, output: Tensor, ladj: Tensor, *, is_forward: bool) -> None:
-        if torch.compiler.is_compiling():
-            return
-        cache = self.__dict__.setdefault("_pass_cache", PassCache())
-        cache.store(
-            input, output, ladj, self._state(), training=self.training, is_forward=is_forward
-        )
+        if not torch.compiler.is_compiling():
+            cache = self.__dict__.setdefault("_pass_cache", PassCache())
+            cache.store(self, input, output, ladj, is_forward=is_forward)
 
     def clear_cache(self) -> None:
         """Forgets the last pass; needed only after writing `parameter.data` by hand."""

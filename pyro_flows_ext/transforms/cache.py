@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ def _count_step(*_: Any) -> None:
 def _watch_optimizers() -> None:
     """Registers the step counter once, at the first store: importing the package must change nothing."""
     register_optimizer_step_post_hook(_count_step)
+
+
+class Owner(Protocol):
+    """What the cache asks of a transform."""
+
+    training: bool
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a pass depends on beside its argument."""
 
 
 class _Entry(NamedTuple):
@@ -50,20 +59,13 @@ class PassCache:
         self._entry: _Entry | None = None
 
     def store(
-        self,
-        input: Tensor,
-        output: Tensor,
-        ladj: Tensor,
-        state: Sequence[Tensor],
-        *,
-        training: bool,
-        is_forward: bool,
+        self, owner: Owner, input: Tensor, output: Tensor, ladj: Tensor, *, is_forward: bool
     ) -> None:
         """Remembers `output` and the forward `ladj` of a pass over `input`; skipped where it could not be checked."""
+        state = owner._state()
         if (
             torch.is_inference_mode_enabled()
-            or output.is_inference()
-            or input.is_inference()
+            or any(t.is_inference() for t in (input, output, *state))
             or torch._C._functorch.is_functorch_wrapped_tensor(output)
         ):
             return
@@ -75,16 +77,11 @@ class PassCache:
             if cache is not None and cache._entry is not None and cache._entry.output is dead:
                 cache._entry = None
 
-        stamp = _stamp(input, output, state, training)
+        stamp = _stamp(input, output, state, owner.training)
         self._entry = _Entry(weakref.ref(output, drop), input, is_forward, ladj, state, stamp)
 
     def lookup(
-        self,
-        *,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        state: Sequence[Tensor],
-        training: bool,
+        self, owner: Owner, *, x: Tensor | None = None, y: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The stored (x, y, ladj) if it belongs to these very tensors (None: any) and is still true."""
         entry = self._entry
@@ -94,13 +91,10 @@ class PassCache:
         if (x is not None and x is not x_) or (y is not None and y is not y_):
             return None
         # The entry holds its parameters, so none of their ids can have been given to another tensor.
-        if len(entry.state) != len(state) or any(
-            a is not b for a, b in zip(entry.state, state, strict=True)
-        ):
+        state = owner._state()
+        if list(map(id, entry.state)) != list(map(id, state)) or torch.is_inference_mode_enabled():
             return None
-        if torch.is_inference_mode_enabled() or entry.stamp != _stamp(
-            entry.input, output, state, training
-        ):
+        if entry.stamp != _stamp(entry.input, output, state, owner.training):
             return None
         return x_, y_, entry.ladj
 
@@ -112,14 +106,11 @@ class PassCache:
 def _stamp(
     input: Tensor, output: Tensor, state: Sequence[Tensor], training: bool
 ) -> tuple[Any, ...]:
+    tensors = (input, output, *state)
     return (
         torch.is_grad_enabled(),
         training,
         _optimizer_steps,
-        input._version,
-        input.requires_grad,
-        output._version,
-        output.requires_grad,
-        *((0 if t.is_inference() else t._version) for t in state),
-        *(t.requires_grad for t in state),
+        [t._version for t in tensors],
+        [t.requires_grad for t in tensors],
     )

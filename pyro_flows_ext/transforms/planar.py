@@ -42,6 +42,8 @@ class Planar(LowRankTanh):
         w_square = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         k = slope_minus_one(wu)
         u_hat = torch.addcmul(u, (k - wu) / w_square, w)
+        if self.num_transforms == 1:
+            return [w], [u_hat], k
         return w.split(1, -2), u_hat.split(1, -2), k
 
 
