@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -22,7 +23,7 @@ class Particles:
     """Draws z_1 ... z_N of a guide q, weighed against a model p.
 
     `samples`: latent site -> `(N, *shape)`, constrained. `log_joint`: log p(x, z_n) `(N)`. `log_guide`: log q(z_n)
-    `(N)`; with auxiliary guide sites, of the extended space. `log_likelihood`: observed site -> `(N, *batch)`.
+    `(N)`; with auxiliary guide sites, of the extended space. `log_likelihood`: observed site -> `(N, *batch)`, zero where masked.
     """
 
     samples: dict[str, Tensor]
@@ -194,14 +195,17 @@ def _collect(
 
     shapes = {name: site["value"].shape for name, site in _latents(single[1])}
     log_joint, log_guide = total(model_trace), total(guide_trace)
-    # pyro.factor is an observed site of type Unit, and observes no data.
+    # pyro.factor and pyro.deterministic are observed sites too, and observe no data.
     alone = dict(_sample_sites(single[0]))
     likelihood = {
-        name: site["unscaled_log_prob"].reshape(num, *alone[name]["fn"].batch_shape)
+        name: scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"]).reshape(
+            num, *alone[name]["fn"].batch_shape
+        )
         for name, site in _sample_sites(model_trace)
         if site["is_observed"]
         and not site_is_subsample(site)
         and not isinstance(site["fn"], dist.Unit)
+        and not site["infer"].get("_deterministic")
     }
     return Particles(
         samples={

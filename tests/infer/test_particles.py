@@ -80,3 +80,17 @@ def test_scales_and_subsampled_likelihoods():
     assert why_not_vectorized(subsampled, guide, (Y,)) is None
     with pytest.raises(ValueError, match="plate 'rows' subsamples 2 of 3"):
         draw_particles(subsampled, guide, (Y,), num_samples=3)
+
+
+def test_masked_data_and_deterministic_sites_have_no_likelihood():
+    def masked(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * mu)
+        with pyro.plate("rows", 3), poutine.mask(mask=torch.tensor([True, False, True])):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[:, 0])
+
+    guide = AutoPlanar(masked, 1)
+    guide.setup(Y)
+    particles = draw_particles(masked, guide, (Y,), num_samples=2)
+    assert set(particles.log_likelihood) == {"y"}
+    assert ((particles.log_likelihood["y"] != 0) == torch.tensor([True, False, True])).all()

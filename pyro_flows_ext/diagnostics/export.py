@@ -1,0 +1,246 @@
+"""Draws of a guide in ArviZ's form, of either generation: `InferenceData` (0.x) or `DataTree` (1.x)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ..infer.particles import Program, draw_particles, why_not_vectorized
+
+Site = Mapping[str, Any]
+
+# Draws of the model run in one pass: as many as `draw_particles` takes, for the same memory.
+CHUNK_SIZE = 1000
+
+
+@torch.no_grad()
+def to_inference_data(
+    guide: Program,
+    model: Program,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    posterior_predictive: bool = True,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """`num_samples` draws of the guide as one chain: `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
+
+    Groups, those with anything in them:
+        posterior             latent sites and `pyro.deterministic` ones, constrained
+        sample_stats          `lp`, the log joint, and `log_weight`, lp less the guide's log density: log p(x, z) / q(z)
+        log_likelihood        one value a datum of every observed site
+        posterior_predictive  new data for every observed site
+        observed_data         the data
+
+    A dimension under `pyro.plate("J", ...)` is called J, with coordinates 0, 1, ... unless `coords["J"]` gives
+    labels; any other is called `<site>_dim_<position>`, which is ArviZ's own way. `pyro.factor` is part of lp alone.
+    The guide's draws are not reweighted: for draws by weight see `diagnostics.importance`.
+
+    Raises `ValueError` under a subsampled plate, for `coords` that fit no dimension, and where an observed site cannot
+    be sampled (then pass `posterior_predictive=False`).
+    """
+    kwargs = dict(model_kwargs or {})
+    particles = draw_particles(model, guide, args, kwargs, num_samples=num_samples)
+    sites = _sites(model, {k: v[0] for k, v in particles.samples.items()}, args, kwargs)
+    observed = {
+        name: site
+        for name, site in sites.items()
+        if name not in particles.samples and not _is_deterministic(site)
+    }
+    wanted = [name for name, site in sites.items() if _is_deterministic(site)]
+    if posterior_predictive:
+        wanted += list(observed)
+    vectorized = why_not_vectorized(model, guide, args, kwargs) is None
+    replayed = _replay(model, particles.samples, sites, wanted, args, kwargs, vectorized)
+
+    groups: dict[str, dict[str, Tensor]] = {
+        "posterior": {
+            **particles.samples,
+            **{name: replayed[name] for name in wanted if name not in observed},
+        },
+        "sample_stats": {"lp": particles.log_joint, "log_weight": particles.log_weights},
+        "log_likelihood": {name: particles.log_likelihood[name] for name in observed},
+        "posterior_predictive": {name: replayed[name] for name in wanted if name in observed},
+    }
+    arrays = {
+        group: {name: _to_numpy(value)[np.newaxis] for name, value in values.items()}
+        for group, values in groups.items()
+    }
+    arrays["observed_data"] = {name: _to_numpy(_data(site)) for name, site in observed.items()}
+    return _from_groups(
+        {group: values for group, values in arrays.items() if values},
+        _coords(sites, coords or {}),
+        {name: _dims(name, site) for name, site in sites.items()},
+    )
+
+
+def save_netcdf(data: Any, path: str | os.PathLike[str]) -> None:
+    """Writes what `to_inference_data` returned to a netCDF file, which `arviz.from_netcdf` reads.
+
+    Raises `TypeError` for anything else.
+    """
+    if not hasattr(data, "to_netcdf"):
+        raise TypeError(f"data: expected an InferenceData or a DataTree, got {type(data).__name__}")
+    data.to_netcdf(os.fspath(path), engine="h5netcdf")
+
+
+# --- the two ArviZ ---
+
+
+def _from_groups(
+    groups: dict[str, dict[str, np.ndarray]],
+    coords: dict[str, np.ndarray],
+    dims: dict[str, list[str]],
+) -> Any:
+    """ArviZ's object from groups of arrays `(chain, draw, *shape)`; `observed_data` has neither chain nor draw."""
+    with warnings.catch_warnings():
+        # ArviZ 0.23 announces 1.x on import; both are served here.
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)
+        import arviz
+    # By version: to a question for a name that is gone, such as InferenceData, 1.x has a warning and a stand-in.
+    from_dict: Any = arviz.from_dict
+    if int(arviz.__version__.split(".")[0]) < 1:
+        return from_dict(**groups, coords=coords, dims=dims)
+    return from_dict(groups, coords=coords, dims=dims)
+
+
+# --- the model ---
+
+
+def _sites(
+    model: Program, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Site]:
+    """The model's sites with something to export: latents at `values`, deterministic sites and data."""
+    with poutine.block():
+        trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], dist.Unit)  # pyro.factor
+    }
+
+
+class _NewData(UnconditionMessenger):
+    """Samples the data, and only the data: a deterministic site drawn anew would repeat the plates it is in."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not _is_deterministic(msg) and not isinstance(msg["fn"], dist.Unit):
+            super()._pyro_sample(msg)
+
+
+def _is_deterministic(site: Site) -> bool:
+    return bool(site["infer"].get("_deterministic"))
+
+
+def _data(site: Site) -> Tensor:
+    """The observed value at the full shape of its site: a plate may have spread one number over many."""
+    return site["value"].expand(site["fn"].shape())
+
+
+def _replay(
+    model: Program,
+    samples: dict[str, Tensor],
+    sites: dict[str, Site],
+    wanted: list[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    vectorized: bool,
+) -> dict[str, Tensor]:
+    """Runs the model at every draw, data sampled anew where they are wanted; the `wanted` sites, `(N, *shape)`.
+
+    In place of `pyro.infer.Predictive`, whose parallel form counts the event dimensions of a latent as plates.
+    """
+    if not wanted:
+        return {}
+    num = len(next(iter(samples.values())))
+    nesting = max((-f.dim for site in sites.values() for f in _plates(site)), default=0)
+
+    def run(first: int, last: int) -> dict[str, Tensor]:
+        program, data = _NewData()(model), {}
+        for name, value in samples.items():
+            shape = list(value.shape[1:])
+            if vectorized:
+                batch_dim = len(shape) - sites[name]["fn"].event_dim
+                shape = [last - first] + [1] * (nesting - batch_dim) + shape
+            data[name] = value[first:last].reshape(shape)
+        if vectorized:
+            program = pyro.plate("num_draws_vectorized", last - first, dim=-nesting - 1)(program)
+        with poutine.block():
+            trace = poutine.trace(poutine.condition(program, data)).get_trace(*args, **kwargs)
+        return {n: _per_draw(trace.nodes[n], sites[n], last - first) for n in wanted}
+
+    step = CHUNK_SIZE if vectorized else 1
+    try:
+        chunks = [run(i, min(i + step, num)) for i in range(0, num, step)]
+    except NotImplementedError as error:
+        raise ValueError(
+            "posterior_predictive: an observed site has a distribution that cannot be sampled; "
+            "pass posterior_predictive=False"
+        ) from error
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in wanted}
+
+
+def _per_draw(replayed: Site, site: Site, num: int) -> Tensor:
+    value, shape = replayed["value"], _shape(site)
+    if value.numel() == shape.numel() and num > 1:  # the same for every draw
+        return value.reshape(shape).expand(num, *shape)
+    return value.reshape(num, *shape)
+
+
+# --- names of dimensions ---
+
+
+def _plates(site: Site) -> list[Any]:
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+
+
+def _dims(name: str, site: Site) -> list[str]:
+    ndim, event_dim = len(_shape(site)), site["fn"].event_dim
+    if _is_deterministic(site) and event_dim == site["value"].dim():
+        event_dim = (
+            0  # `pyro.deterministic` declares every dimension an event's, those of plates too
+        )
+    dims = [f"{name}_dim_{i}" for i in range(ndim)]
+    for frame in _plates(site):
+        axis = ndim - event_dim + frame.dim
+        # `chain` and `draw` are ArviZ's own; a plate may also be wider than a deterministic value within it.
+        if axis >= 0 and _shape(site)[axis] == frame.size and frame.name not in ("chain", "draw"):
+            dims[axis] = frame.name
+    return dims
+
+
+def _shape(site: Site) -> torch.Size:
+    return site["value"].shape if _is_deterministic(site) else site["fn"].shape()
+
+
+def _coords(sites: dict[str, Site], labels: Mapping[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+    """Integers for the plates, `labels` wherever given."""
+    sizes = {
+        dim: size
+        for name, site in sites.items()
+        for dim, size in zip(_dims(name, site), _shape(site), strict=True)
+    }
+    for dim, values in labels.items():
+        if dim not in sizes:
+            raise ValueError(f"coords: expected dimensions among {sorted(sizes)}, got {dim!r}")
+        if len(values) != sizes[dim]:
+            raise ValueError(f"coords[{dim!r}]: expected {sizes[dim]} labels, got {len(values)}")
+    return {dim: np.asarray(labels.get(dim, np.arange(size))) for dim, size in sizes.items()}
+
+
+def _to_numpy(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()

@@ -1,0 +1,4 @@
+"""Densities and test energies."""
+
+from .energies import ENERGIES as ENERGIES
+from .energies import Energy as Energy

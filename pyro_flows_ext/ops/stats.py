@@ -1,0 +1,89 @@
+"""Statistics of importance weights: Pareto smoothing, its diagnostic k-hat, and the effective sample size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.ops.stats import fit_generalized_pareto
+from torch import Tensor
+
+# Fewer distinct values than this in the tail say nothing about its shape.
+MIN_TAIL = 5
+# Weights that differ by no more than this many units in the last place of their largest logarithm are one constant
+# with rounding noise; the shape of that noise is not a property of the guide.
+ROUNDING_ULPS = 16
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """1 / Σ w̄² with w̄ the weights normalised to sum to one: `(*, S)` -> `(*)`, in [1, S], float64.
+
+    The size of an equally weighted sample whose mean would vary as much (Kong 1992, A note on importance sampling
+    using standardized weights). NaN where a weight is NaN or +inf, or where all are zero.
+    """
+    log_weights = log_weights.double()
+    return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
+
+
+def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """PSIS: the largest min(S / 5, 3 √S) weights replaced by quantiles of a generalised Pareto fitted to them.
+
+    `log_weights` `(S)` need no normalisation, and get none: `(S)`, in their dtype, none above the largest raw one.
+    With them comes k-hat, the estimated shape of the tail: a 0-dim float64 tensor. The weights have 1 / k finite
+    moments; their mean is a usable estimate while k-hat < min(1 - 1 / log10(S), 0.7).
+
+    Where no tail can be fitted, the weights come back as they went in, and k-hat is
+        -inf  for weights that are constant up to rounding, or whose whole tail is one value: a bounded tail
+              (ArviZ 0.x answers +inf, as for too few draws, and 1.x raises);
+        +inf  with fewer than five draws in the tail, so always for S <= 20: unknown, hence not to be trusted;
+        NaN   where a weight is NaN or +inf, or all are zero.
+    Weights of zero (-inf) count as draws. Arithmetic is in float64; O(S log S). Raises `ValueError` unless
+    `log_weights` is a non-empty vector.
+
+    Source: Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, with the fit of
+    Zhang & Stephens 2009, A new and efficient estimation method for the generalized Pareto distribution, and the
+    former's weak prior: k is shrunk towards 1/2 with the weight of ten tail draws.
+    """
+    if log_weights.dim() != 1 or log_weights.numel() == 0:
+        raise ValueError(
+            f"log_weights: expected a non-empty vector (S,), got shape {tuple(log_weights.shape)}"
+        )
+    raw, S = log_weights.detach().double(), log_weights.numel()
+    largest = raw.max()  # NaN if any is
+    if not largest.isfinite():
+        return log_weights, raw.new_tensor(math.nan)
+    size = math.ceil(min(S / 5, 3 * S**0.5))
+    if size < MIN_TAIL:
+        return log_weights, raw.new_tensor(math.inf)
+    noise = ROUNDING_ULPS * torch.finfo(log_weights.dtype).eps * max(1.0, float(largest.abs()))
+    if largest - raw.min() <= noise:
+        return log_weights, raw.new_tensor(-math.inf)
+
+    order = raw.argsort()
+    x = raw[order] - largest
+    # Weights that underflow beside the largest one are not told apart; the paper's tail starts above them.
+    cutoff = x[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
+    tail = x[x > cutoff]
+    if len(tail) < MIN_TAIL:
+        return log_weights, raw.new_tensor(math.inf if len(tail) else -math.inf)
+
+    # eˣ - eᶜ without the cancellation that would make ties of a tail narrower than float64 resolves.
+    excess = -torch.exp(tail) * torch.expm1(cutoff - tail)
+    scale = excess[-1]
+    k, sigma = fit_generalized_pareto((excess / scale).cpu())
+    if not (math.isfinite(k) and math.isfinite(sigma) and sigma > 0):
+        return log_weights, raw.new_tensor(math.inf)
+
+    probability = (torch.arange(len(tail), dtype=x.dtype, device=x.device) + 0.5) / len(tail)
+    fitted = scale * _generalized_pareto_quantile(probability, k, sigma)
+    smoothed = raw.clone()
+    smoothed[order[-len(tail) :]] = torch.log(cutoff.exp() + fitted).clamp(max=0.0) + largest
+    return smoothed.to(log_weights.dtype), raw.new_tensor(k)
+
+
+def _generalized_pareto_quantile(p: Tensor, k: float, sigma: float) -> Tensor:
+    """sigma ((1 - p)⁻ᵏ - 1) / k, and its limit -sigma log(1 - p) at k = 0."""
+    log_survival = torch.log1p(-p)
+    if abs(k) < torch.finfo(p.dtype).eps:
+        return -sigma * log_survival
+    return sigma * torch.expm1(-k * log_survival) / k

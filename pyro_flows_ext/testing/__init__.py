@@ -1,0 +1,146 @@
+"""The contract of a transform as functions that anybody can call on a transform of their own.
+
+    from pyro_flows_ext.testing import check_transform
+
+    def test_my_transform():
+        check_transform(lambda: MyTransform(3))
+        check_transform(lambda: MyConditionalTransform(3, context_dim=2), context_dim=2)
+
+One function a point, or `check_transform` for all that apply. Every check builds the transform anew, moves it to the
+dtype, perturbs its parameters (`perturb`) and raises `ContractError` with the point's number and name, the error
+measured and the tolerance. A test framework reports each failure by itself when it parametrizes over `POINTS`:
+
+    @pytest.mark.parametrize("point", POINTS.values(), ids=str)
+    def test_contract(point):
+        for dtype in point.dtypes:
+            point.check(lambda: MyTransform(2), dtype=dtype)
+
+Transforms with random passes or batch statistics are under contract in eval mode: let the factory return
+`MyTransform(3).eval()`. Point 15 is about a package: `check_import_is_pure("my_package")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from typing_extensions import Unpack
+
+from .case import Case, ContractError, Factory, Options, perturb
+from .modules import (
+    check_compiles,
+    check_copies,
+    check_device,
+    check_fresh_after_step,
+    check_inputs_untouched,
+)
+from .numerics import (
+    check_batch_shapes,
+    check_dtype,
+    check_gradients,
+    check_inverse_ladj,
+    check_ladj,
+    check_one_pass,
+    check_per_sample_gradients,
+    check_round_trip,
+)
+from .programs import check_density, check_import_is_pure, check_plates, integrate
+
+
+class Check(Protocol):
+    """What the functions of all points look like."""
+
+    def __call__(self, factory: Factory, **options: Unpack[Options]) -> None: ...
+
+
+class Point(NamedTuple):
+    """One point of the contract: its number, its function, and the dtypes in which it says something new."""
+
+    number: int
+    check: Check
+    dtypes: Sequence[torch.dtype] = (torch.float64,)
+
+    def __str__(self) -> str:
+        return f"{self.number}-{self.check.__name__.removeprefix('check_')}"  # type: ignore[attr-defined]
+
+
+_BOTH = (torch.float64, torch.float32)
+
+POINTS = {
+    point.number: point
+    for point in (
+        Point(1, check_round_trip, _BOTH),
+        Point(2, check_ladj, _BOTH),
+        Point(3, check_inverse_ladj, _BOTH),
+        Point(4, check_one_pass, _BOTH),
+        Point(5, check_batch_shapes, _BOTH),
+        Point(6, check_dtype, _BOTH),
+        Point(7, check_gradients, _BOTH),
+        Point(8, check_per_sample_gradients, _BOTH),
+        Point(9, check_copies),
+        Point(10, check_device),
+        Point(11, check_inputs_untouched),
+        Point(12, check_fresh_after_step, _BOTH),
+        Point(13, check_compiles),
+        Point(14, check_density),
+        Point(16, check_plates),
+    )
+}
+
+
+def check_transform(
+    factory: Factory,
+    *,
+    event_shape: Sequence[int] | None = None,
+    context_dim: int | None = None,
+    points: Iterable[int] | None = None,
+    seed: int = 0,
+) -> None:
+    """Runs the points of the contract on the transform that `factory()` makes, float64 then float32.
+
+    `points=None` runs all, but for the density (14) of events of three numbers and more, which no grid can integrate:
+    make a 2-D transform for that one. Raises `ContractError` at the first point that fails.
+    """
+    for number in POINTS if points is None else points:
+        if number not in POINTS:
+            raise ValueError(f"points: expected numbers of {list(POINTS)}, got {number!r}")
+        point = POINTS[number]
+        for dtype in point.dtypes:
+            options: Options = {
+                "event_shape": event_shape,
+                "context_dim": context_dim,
+                "dtype": dtype,
+                "seed": seed,
+            }
+            if points is None and number == 14:
+                case = Case(14, "density", factory, **options)
+                if case.event_shape.numel() > 2:
+                    continue
+            point.check(factory, **options)
+
+
+__all__ = [
+    "POINTS",
+    "ContractError",
+    "Point",
+    "check_batch_shapes",
+    "check_compiles",
+    "check_copies",
+    "check_density",
+    "check_device",
+    "check_dtype",
+    "check_fresh_after_step",
+    "check_gradients",
+    "check_import_is_pure",
+    "check_inputs_untouched",
+    "check_inverse_ladj",
+    "check_ladj",
+    "check_one_pass",
+    "check_per_sample_gradients",
+    "check_plates",
+    "check_round_trip",
+    "check_transform",
+    "integrate",
+    "perturb",
+]

@@ -1,0 +1,271 @@
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flows_ext._data import load_data
+from pyro_flows_ext.distributions.energies import u1
+from pyro_flows_ext.infer.particles import why_not_vectorized
+from pyro_flows_ext.targets import TARGETS, Target, load_target
+
+
+@pytest.fixture(autouse=True)
+def clean_param_store():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+def built_in(name: str) -> tuple[Target, dict[str, torch.Tensor]]:
+    if name.endswith("-regression"):
+        pytest.importorskip("sklearn")
+    return load_target(name)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# --- the built-in models ---
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_vectorises_over_particles(name: str) -> None:
+    target, data = built_in(name)
+    guide = AutoNormal(target.model)
+    guide(**data)
+    assert why_not_vectorized(target.model, guide, (), data) is None
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_reference_names_scalars_of_the_model(name: str) -> None:
+    target, data = built_in(name)
+    trace = poutine.trace(target.model).get_trace(**data)
+    scalars = set()
+    for site, node in trace.nodes.items():
+        if node["type"] == "sample" and torch.is_tensor(node["value"]):
+            value = node["value"]
+            scalars |= {f"{site}[{i}]" for i in range(len(value))} if value.dim() else {site}
+    assert set(target.reference or {}) <= scalars
+    assert all(sd > 0 for _, sd in (target.reference or {}).values())
+
+
+def test_eight_schools_density() -> None:
+    """Term by term, as Stan's program has it, constants included."""
+    target, data = load_target("eight-schools")
+    mu, tau, trans = 3.0, 2.0, np.linspace(-1, 1, 8)
+
+    def normal(x, loc, scale):
+        return -0.5 * ((x - loc) / scale) ** 2 - np.log(scale) - 0.5 * math.log(2 * math.pi)
+
+    expected = normal(mu, 0, 5) + math.log(2 / (math.pi * 5 * (1 + (tau / 5) ** 2)))
+    expected += normal(trans, 0, 1).sum()
+    y, sigma = (data[key].double().numpy() for key in ("y", "sigma"))
+    expected += normal(y, mu + tau * trans, sigma).sum()
+    values = {
+        "mu": torch.tensor(mu),
+        "tau": torch.tensor(tau),
+        "theta_trans": torch.as_tensor(trans, dtype=torch.float32),
+    }
+    trace = poutine.trace(poutine.condition(target.model, values)).get_trace(**data)
+    assert trace.log_prob_sum().item() == pytest.approx(expected, rel=1e-5)
+
+    centered, _ = load_target("eight-schools-centered")
+    values["theta"] = mu + tau * values.pop("theta_trans")
+    trace = poutine.trace(poutine.condition(centered.model, values)).get_trace(**data)
+    # The change of variables from theta to theta_trans: dtheta = tau dtheta_trans, eight times.
+    assert trace.log_prob_sum().item() == pytest.approx(expected - 8 * math.log(tau), rel=1e-5)
+
+
+def test_eight_schools_reference_is_the_posterior() -> None:
+    """On a grid of (mu, tau), theta integrated out in closed form."""
+    target, data = load_target("eight-schools")
+    y, sigma = data["y"].double(), data["sigma"].double()
+    mu = torch.linspace(-15, 25, 401, dtype=torch.float64).unsqueeze(-1)
+    tau = torch.linspace(0.005, 60, 6001, dtype=torch.float64)
+    log_p = -0.5 * (mu / 5) ** 2 - torch.log1p((tau / 5) ** 2)
+    for y_j, sigma_j in zip(y, sigma, strict=True):
+        variance = sigma_j**2 + tau**2
+        log_p = log_p - 0.5 * ((y_j - mu) ** 2 / variance + variance.log())
+    p = (log_p - log_p.logsumexp((0, 1))).exp()
+    assert target.reference is not None
+    for name, value in (("mu", mu), ("tau", tau)):
+        mean = (p * value).sum().item()
+        sd = (p * (value - mean) ** 2).sum().sqrt().item()
+        # The reference is from 10,000 draws: standard errors of .01 sd for the mean and about .02 for the sd.
+        assert target.reference[name] == pytest.approx((mean, sd), abs=0.04 * sd), name
+
+
+def test_u1_log_joint_is_minus_the_energy() -> None:
+    target, _ = load_target("u1")
+    z = torch.tensor([1.7, -0.4])
+    trace = poutine.trace(poutine.condition(target.model, {"z": z})).get_trace()
+    assert trace.log_prob_sum().item() == -u1(z).item()
+
+
+def test_standardised_columns() -> None:
+    pytest.importorskip("sklearn")
+    _, data = load_target("linear-regression")
+    for value in data.values():
+        torch.testing.assert_close(value.mean(0), torch.zeros(value.shape[1:]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            value.std(0, correction=0), torch.ones(value.shape[1:]), atol=1e-4, rtol=0
+        )
+    _, data = load_target("logistic-regression")
+    assert set(data["y"].unique().tolist()) == {0.0, 1.0}
+
+
+def test_without_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match="pip install scikit-learn"):
+        load_target("linear-regression")
+
+
+# --- somebody's own model ---
+
+MODEL = """
+import pyro, pyro.distributions as dist
+from neighbour import SCALE
+
+def model(x, y, prior_scale=10.0):
+    '''A slope.'''
+    slope = pyro.sample("slope", dist.Normal(0.0, prior_scale))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, SCALE), obs=y)
+
+def anything(**data):
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    write(tmp_path / "neighbour.py", "SCALE = 1.0")
+    return write(tmp_path / "slope.py", MODEL)
+
+
+def test_model_from_a_file(model_file: Path) -> None:
+    path = list(sys.path)
+    data_path = write(model_file.parent / "data.json", '{"x": [1, 2], "y": [0.5, 1.5]}')
+    target, data = load_target(f"{model_file}:model", data_path)
+    assert target.description == "A slope."
+    assert set(data) == {"x", "y"}
+    assert poutine.trace(target.model).get_trace(**data).log_prob_sum().isfinite()
+    assert sys.path == path
+    load_target(f"{model_file}:anything", data_path)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("model", "no data given: missing x, y; expected x, y, prior_scale \\(optional\\)"),
+        ("other", "expected a model named 'other', a function, found nothing"),
+        ("number", "expected a model named 'number', a function, found int"),
+    ],
+)
+def test_model_from_a_file_refused(model_file: Path, attribute: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_target(f"{model_file}:{attribute}")
+
+
+def test_file_that_raises(tmp_path: Path) -> None:
+    write(tmp_path / "broken.py", "1 / 0")
+    with pytest.raises(ValueError, match=r"broken\.py' raised ZeroDivisionError: division by zero"):
+        load_target(f"{tmp_path / 'broken.py'}:model")
+    with pytest.raises(ValueError, match=r"no file '.*gone\.py'"):
+        load_target(f"{tmp_path / 'gone.py'}:model")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="no target 'nine-schools': expected one of eight-schools"):
+        load_target("nine-schools")
+
+
+def test_wrong_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.json", '{"y": [1, 2], "scale": [1, 2]}')
+    with pytest.raises(ValueError, match="missing sigma; unexpected scale; expected y, sigma"):
+        load_target("eight-schools", path)
+    with pytest.raises(ValueError, match="unexpected y, scale; expected no data"):
+        load_target("u1", path)
+
+
+def test_whole_numbers_fit_the_built_in_models(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.json", '{"y": [28, 8], "sigma": [15, 10]}')
+    target, data = load_target("eight-schools", path)
+    assert poutine.trace(target.model).get_trace(**data).log_prob_sum().isfinite()
+
+
+# --- files of data ---
+
+
+def test_json(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", '{"n": 8, "y": [1.5, 2], "x": [[1, 2], [3, 4]], "b": [true]}')
+    data = load_data(path)
+    assert data["n"].shape == ()
+    assert data["n"].dtype == data["x"].dtype == torch.int64
+    assert data["y"].dtype == torch.get_default_dtype()
+    assert data["x"].tolist() == [[1, 2], [3, 4]]
+    assert data["b"].dtype == torch.bool
+
+
+def test_csv(tmp_path: Path) -> None:
+    data = load_data(write(tmp_path / "d.csv", "x, count\n1.5,3\n-2,4\n\n"))
+    assert data["x"].tolist() == [1.5, -2.0]
+    assert data["count"].tolist() == [3, 4]
+    assert data["count"].dtype == torch.int64
+
+
+def test_npz(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.ones((2, 3)), n=np.array([1, 2], dtype=np.uint8))
+    data = load_data(path)
+    assert data["x"].dtype == torch.get_default_dtype()
+    assert data["n"].dtype == torch.int64
+
+
+BAD_FILES = {
+    "nan.json": (json.dumps({"y": [1.0, math.nan, math.inf]}), "y: 2 of 3 .* first at position 1"),
+    "nan.csv": ("y\n1\nnan\n", "y: 1 of 2 values are NaN or infinite, the first at position 1"),
+    "large.csv": ("y\n1e99\n", "y: 1 of 1 values are NaN or infinite"),
+    "words.csv": ("x,y\n1,2\n3,four\n", "column y, row 2: expected a number, got 'four'"),
+    "short.csv": ("x,y\n1,2\n3\n", "row 2 has 1 entries, the header 2"),
+    "empty.csv": ("x,y\n", "expected a header and at least one row"),
+    "twice.csv": ("x,x\n1,2\n", "columns named twice: x"),
+    "words.json": ('{"y": ["one"]}', "y: expected numbers"),
+    "null.json": ('{"y": [1, null]}', "y: expected numbers"),
+    "ragged.json": ('{"y": [[1], [2, 3]]}', "y: expected lists of equal lengths"),
+    "list.json": ("[1, 2]", "expected an object of names and numbers, got list"),
+    "empty.json": ('{"y": []}', "y: expected at least one value"),
+    "cut.json": ('{"y": [1', "cut.json': Expecting"),
+    "not.npz": ("no archive", "not.npz': "),
+    "d.txt": ("1", "expected a file that ends in .json, .csv, .npz"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_FILES))
+def test_bad_file(tmp_path: Path, name: str) -> None:
+    text, message = BAD_FILES[name]
+    with pytest.raises(ValueError, match=message):
+        load_data(write(tmp_path / name, text))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.csv': No such file"):
+        load_data(tmp_path / "gone.csv")
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_data(tmp_path / "d.npz")
