@@ -88,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
             metavar="N",
             help="of all randomness (default: %(default)s)",
         )
+        # One: where other programs run, two threads take up to 300 times as long as one for a small matrix.
+        new.add_argument(
+            "--threads",
+            type=_at_least(1),
+            default=1,
+            metavar="N",
+            help="for tensor operations; more than 1 pays for large data only (default: %(default)s)",
+        )
         new.add_argument("--debug", action="store_true", help="show where an error came from")
         return new
 
@@ -155,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         default=Path("demo-output"),
         help="where to write (default: %(default)s)",
     )
-    _add_training(demo_parser, steps=2000)
+    _add_training(demo_parser, steps=1500)
     demo_parser.set_defaults(quiet=False)
     return top
 

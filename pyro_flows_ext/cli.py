@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer.autoguide import AutoGuide
 
 from ._arguments import parser
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (`sys.argv` by default) and returns its exit code."""
     args = parser().parse_args(argv)
     try:
-        with _warnings_in_one_line(), pyro.get_param_store().scope():
+        with _warnings_in_one_line(), _threads(args.threads), pyro.get_param_store().scope():
             COMMANDS[args.command](args)
     except CommandError as error:
         if args.debug:
@@ -154,6 +155,17 @@ def _export(guide: AutoGuide, target: Target, data: Data, num_samples: int) -> A
         num_samples=num_samples,
         posterior_predictive=False,
     )
+
+
+@contextmanager
+def _threads(num_threads: int) -> Iterator[None]:
+    """So many threads for tensor operations inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- failures ---

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
     """A multilayer perceptron `(*, in_dim) -> (*, out_dim)`; no hidden layers makes it a linear map.
 
+    With `context_dim`, `forward(x, context)` takes a context `(*, context_dim)` beside x, broadcast against it.
     `zero_last=True` starts the last layer at zero, so that whatever the output parametrises starts at its own
     initial value.
     """
@@ -20,14 +22,27 @@ class MLP(nn.Sequential):
         out_dim: int,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.Tanh,
+        context_dim: int = 0,
         zero_last: bool = False,
     ):
+        width = in_dim + context_dim
         layers: list[nn.Module] = []
-        for width in hidden_dims:
-            layers += [nn.Linear(in_dim, width), activation()]
-            in_dim = width
-        last = nn.Linear(in_dim, out_dim)
+        for next_width in hidden_dims:
+            layers += [nn.Linear(width, next_width), activation()]
+            width = next_width
+        last = nn.Linear(width, out_dim)
         if zero_last:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if context is not None:
+            x = join_context(x, context)
+        return super().forward(x)
+
+
+def join_context(x: Tensor, context: Tensor) -> Tensor:
+    """x `(*, D)` and context `(*, C)`, broadcast and joined: `(*, D + C)`."""
+    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    return torch.cat([x.expand(*batch, -1), context.expand(*batch, -1)], -1)

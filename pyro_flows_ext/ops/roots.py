@@ -70,10 +70,9 @@ def bracketed_newton(
     start: Tensor,
 ) -> Tensor:
     """A root to the square root of machine precision, which two Newton steps then square twice."""
-    eager = may_branch_on(start)
     tolerance = torch.finfo(start.dtype).eps ** 0.5
     x, last = start, torch.full_like(start, torch.inf)
-    for _ in range(MAX_STEPS if eager else FIXED_STEPS):
+    for step in range(MAX_STEPS):
         value, slope = f(x)
         lower = torch.where(value < 0, x, lower)
         upper = torch.where(value > 0, x, upper)
@@ -82,8 +81,12 @@ def bracketed_newton(
         inside = (newton >= lower) & (newton <= upper) & (value.abs() < 0.5 * last)
         x = torch.where(close | inside, newton, (lower + upper) / 2)
         last = value.abs()
-        # A value that is not finite never becomes close; it must not keep its neighbours in the loop.
-        if eager and bool((close | ~value.isfinite()).all()):
+        # Asked of the value, not of the bracket: `f` may close over batched tensors where the bracket has none. One that
+        # is not finite never becomes close, and must not keep its neighbours in the loop.
+        if may_branch_on(value):
+            if bool((close | ~value.isfinite()).all()):
+                break
+        elif step + 1 == FIXED_STEPS:
             break
     return x
 

@@ -3,7 +3,7 @@
 from .affine import ElementwiseAffine, Whitening
 from .base import FlowTransform, InverseFlow
 from .compose import ComposeFlow
-from .conditional import ConditionalFlow
+from .conditional import ConditionalFlow, ContextualFlow
 from .planar import ConditionalPlanar, Planar, conditional_planar, planar
 from .radial import ConditionalRadial, Radial, conditional_radial, radial
 from .sylvester import (
@@ -28,6 +28,7 @@ __all__ = [
     "ConditionalRadial",
     "ConditionalSylvester",
     "ConditionalTriangularSylvester",
+    "ContextualFlow",
     "ElementwiseAffine",
     "FlowTransform",
     "HouseholderSylvester",

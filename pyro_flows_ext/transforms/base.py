@@ -37,6 +37,7 @@ class FlowTransform(TransformModule):
     codomain = constraints.real_vector
     bijective = True
     batch_shape = torch.Size()
+    context: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__(cache_size=1)

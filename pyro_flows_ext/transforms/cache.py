@@ -50,9 +50,9 @@ class PassCache:
 
     The output of the pass is held weakly and frees the entry when it dies; the input is held strongly, because in a
     chain of transforms it is the output of the one before and nobody else may hold it. A hit needs the same tensor
-    objects, unchanged in place, the same parameters and buffers at the same versions, no optimizer step in between,
-    and the same grad and training modes. One way past all of that remains: writing `parameter.data` by hand, outside
-    an optimizer; call `transform.clear_cache()` after doing so.
+    objects, unchanged in place, the same parameters and buffers at the same versions, no optimizer step and no
+    backward pass in between, and the same grad and training modes. One way past all of that remains: writing
+    `parameter.data` by hand, outside an optimizer; call `transform.clear_cache()` after doing so.
     """
 
     def __init__(self) -> None:
@@ -77,8 +77,14 @@ class PassCache:
             if cache is not None and cache._entry is not None and cache._entry.output is dead:
                 cache._entry = None
 
+        reference = weakref.ref(output, drop)
+        # A backward pass frees the graph of the entry, and a second one through it would raise. The hooks sit on the
+        # graph, not on the tensors, and hold no part of the entry: that would be a cycle which nothing collects.
+        for tensor in (output, ladj):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(lambda _: drop(reference))
         stamp = _stamp(input, output, state, owner.training)
-        self._entry = _Entry(weakref.ref(output, drop), input, is_forward, ladj, state, stamp)
+        self._entry = _Entry(reference, input, is_forward, ladj, state, stamp)
 
     def lookup(
         self, owner: Owner, *, x: Tensor | None = None, y: Tensor | None = None

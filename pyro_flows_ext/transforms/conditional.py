@@ -1,4 +1,4 @@
-"""Conditional (amortized) forms: a hyper-network maps a context to the parameters of a transform."""
+"""Conditional (amortized) forms: a context decides the parameters of a transform, or joins the input of its networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 
 from ..nn import HyperNetwork
+from ._constrain import check_event
 from .base import FlowTransform, forget_param_store
 
 
@@ -45,3 +46,29 @@ class ConditionalFlow(ConditionalTransformModule):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.hyper.context_dim})"
+
+
+class ContextualFlow(ConditionalTransformModule):
+    """x -> f(x; c): a transform whose own networks take the context as a further input.
+
+    `condition(context)` with a context `(*, C)` gives a transform of batch shape `(*)`. The conditional form of the
+    families whose parameters already come from a network (coupling, autoregressive). Raises `ValueError` when the
+    context's last dimension is not `context_dim`.
+    """
+
+    def __init__(self, transform: FlowTransform, context_dim: int):
+        super().__init__()
+        self.transform = transform
+        self.context_dim = context_dim
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """The transform for this context: `(*, C)` -> a transform of batch shape `(*)`."""
+        check_event("context", context, self.context_dim)
+        return self.transform.with_context(context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_param_store(self)
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.context_dim})"
