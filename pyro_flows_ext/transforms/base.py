@@ -133,14 +133,27 @@ class FlowTransform(TransformModule):
                     f"{name}: expected shape (*, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}"
                 )
             batch_shapes.append(tensor.shape[:cut])
-        view = object.__new__(type(self))
-        view.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _UNSAVED})
+        view = self._view(torch.broadcast_shapes(*batch_shapes), *tensors.values())
         view.__dict__["_parameters"] = {
             k: v for k, v in self._parameters.items() if k not in tensors
         }
-        view.__dict__["_bound"] = tuple(tensors.values())
-        view.__dict__["batch_shape"] = torch.broadcast_shapes(*batch_shapes)
         view.__dict__.update(tensors)
+        return view
+
+    def with_context(self, context: Tensor) -> Self:
+        """This transform with `context` `(*, C)` as an input of its networks, where it has any that take one.
+
+        The leading dimensions become the `batch_shape` of the result; parameters are shared.
+        """
+        view = self._view(context.shape[:-1], context)
+        view.__dict__["context"] = context
+        return view
+
+    def _view(self, batch_shape: torch.Size, *bound: Tensor) -> Self:
+        """A shallow copy over the same parameters that depends on the `bound` tensors too."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__getstate__())
+        view.__dict__.update(_bound=bound, batch_shape=batch_shape)
         return view
 
     # --- the cache ---

@@ -56,6 +56,8 @@ class ContextualFlow(ConditionalTransformModule):
     context's last dimension is not `context_dim`.
     """
 
+    transform: FlowTransform
+
     def __init__(self, transform: FlowTransform, context_dim: int):
         super().__init__()
         self.transform = transform
@@ -71,4 +73,6 @@ class ContextualFlow(ConditionalTransformModule):
         return dict(self.__dict__)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.context_dim})"
+        return (
+            f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.context_dim})"
+        )
