@@ -152,7 +152,7 @@ class FlowTransform(TransformModule):
     def _view(self, batch_shape: torch.Size, *bound: Tensor) -> Self:
         """A shallow copy over the same parameters that depends on the `bound` tensors too."""
         view = object.__new__(type(self))
-        view.__dict__.update(self.__getstate__())
+        view.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _UNSAVED})
         view.__dict__.update(_bound=bound, batch_shape=batch_shape)
         return view
 
