@@ -78,15 +78,15 @@ def main() -> None:
     energy = ENERGIES[options.energy]
     rows, best = [], {}
     for num_transforms in options.num_transforms:
-        runs = [
-            train(energy, num_transforms, options.steps, seed) for seed in range(options.seeds)
-        ]
+        runs = [train(energy, num_transforms, options.steps, seed) for seed in range(options.seeds)]
         kls = [kl for _, kl, _, _ in runs]
         best[f"K = {num_transforms}"] = min(runs, key=lambda run: run[1])[0]
         seconds = statistics.median(run[3] for run in runs)
         rows.append({"K": num_transforms, "kl": kls, "se": runs[0][2], "seconds": seconds})
         shown = ", ".join(f"{kl:.3f}" for kl in kls)
-        print(f"{options.energy} K={num_transforms:<3} KL {shown} nats  {seconds:.0f} s", flush=True)
+        print(
+            f"{options.energy} K={num_transforms:<3} KL {shown} nats  {seconds:.0f} s", flush=True
+        )
     (options.output / f"{options.energy}.json").write_text(json.dumps(rows, indent=2))
     draw(energy, best, options.output / f"{options.energy}.png")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flows_ext._checkpoint import GUIDES, read_guide
-from pyro_flows_ext._files import replaced_together
 from pyro_flows_ext.cli import main
+from pyro_flows_ext.cli.checkpoint import GUIDES, read_guide
+from pyro_flows_ext.cli.files import replaced_together
 
 TINY = ["--steps", "20", "--num-samples", "300", "--particles", "2"]
 FILES = ["guide.pt", "loss.png", "posterior.nc", "posterior.png", "summary.csv"]

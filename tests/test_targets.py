@@ -10,10 +10,10 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_flows_ext._data import load_data
+from pyro_flows_ext.cli.data import load_data
+from pyro_flows_ext.cli.targets import TARGETS, Target, load_target
 from pyro_flows_ext.distributions.energies import u1
 from pyro_flows_ext.infer.particles import why_not_vectorized
-from pyro_flows_ext.targets import TARGETS, Target, load_target
 
 
 @pytest.fixture(autouse=True)

@@ -169,23 +169,32 @@ def _replay(
     num = len(next(iter(samples.values())))
     nesting = max((-f.dim for site in sites.values() for f in _plates(site)), default=0)
 
-    def run(first: int, last: int) -> dict[str, Tensor]:
+    def run(first: int, last: int, together: bool) -> dict[str, Tensor]:
         program, data = _NewData()(model), {}
         for name, value in samples.items():
             shape = list(value.shape[1:])
-            if vectorized:
+            if together:
                 batch_dim = len(shape) - sites[name]["fn"].event_dim
                 shape = [last - first] + [1] * (nesting - batch_dim) + shape
             data[name] = value[first:last].reshape(shape)
-        if vectorized:
+        if together:
             program = pyro.plate("num_draws_vectorized", last - first, dim=-nesting - 1)(program)
         with poutine.block():
             trace = poutine.trace(poutine.condition(program, data)).get_trace(*args, **kwargs)
         return {n: _per_draw(trace.nodes[n], sites[n], last - first) for n in wanted}
 
-    step = CHUNK_SIZE if vectorized else 1
     try:
-        chunks = [run(i, min(i + step, num)) for i in range(0, num, step)]
+        if vectorized and num > 1:
+            # A log joint that is right in a batch says nothing of deterministic sites, such as a sum over a latent.
+            both, alone = run(0, 2, True), [run(i, i + 1, False) for i in (0, 1)]
+            vectorized = all(
+                torch.allclose(both[n][i], alone[i][n][0], rtol=1e-4, atol=1e-6, equal_nan=True)
+                for n in wanted
+                if _is_deterministic(sites[n])
+                for i in (0, 1)
+            )
+        step = CHUNK_SIZE if vectorized else 1
+        chunks = [run(i, min(i + step, num), vectorized) for i in range(0, num, step)]
     except NotImplementedError as error:
         raise ValueError(
             "posterior_predictive: an observed site has a distribution that cannot be sampled; "

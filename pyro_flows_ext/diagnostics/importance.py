@@ -13,6 +13,9 @@ from torch import Tensor
 from ..infer.particles import Program, draw_particles
 from ..ops import effective_sample_size, pareto_smooth
 
+# Below this effective share of the draws, the guide's own draws are far from the posterior's, whatever k-hat says.
+LOW_EFFICIENCY = 0.1
+
 
 @dataclass(frozen=True)
 class ImportanceResult:
@@ -108,6 +111,11 @@ class ImportanceResult:
             return (
                 f"Not reliable: k-hat is not below {self.max_k_hat:.2f}. The guide is too narrow somewhere, so that a "
                 "few draws carry the weight: do not trust the evidence or resampled draws."
+            )
+        if self.efficiency < LOW_EFFICIENCY:
+            return (
+                f"Usable weights, poor guide: k-hat is below {self.max_k_hat:.2f}, but the draws are worth only "
+                f"{self.efficiency:.1%} of their number. Trust weighted draws, not the guide's own."
             )
         return (
             f"Reliable weights: k-hat is below {self.max_k_hat:.2f}. By itself it can mislead (a guide of the wrong "

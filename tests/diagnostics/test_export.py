@@ -287,3 +287,14 @@ def test_arviz_can_use_it() -> None:
         loo = arviz.loo(data)
     assert np.isfinite(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd)
     assert set(arviz.extract(data)["eta"].dims) == {"school", "sample"}
+
+
+def test_a_deterministic_site_that_sums_over_the_batch_is_computed_draw_by_draw():
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.deterministic("total", w.sum())
+
+    guide = AutoNormal(model)
+    guide()
+    posterior = to_inference_data(guide, model, num_samples=5)["posterior"]
+    np.testing.assert_allclose(posterior["total"], posterior["w"].sum(axis=-1), rtol=1e-5)

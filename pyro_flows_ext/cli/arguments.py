@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
-from ._checkpoint import GUIDES
+from .. import __version__
+from .checkpoint import GUIDES
 from .targets import TARGETS
 
 EXAMPLES = """\
@@ -179,14 +179,14 @@ def _add_training(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument(
         "--lr",
         type=_positive,
-        default=0.01,
+        default=0.02,
         metavar="RATE",
         help="Adam's rate at the start (default: %(default)s)",
     )
     parser.add_argument(
         "--particles",
         type=_at_least(1),
-        default=16,
+        default=64,
         metavar="N",
         help="draws a step (default: %(default)s)",
     )

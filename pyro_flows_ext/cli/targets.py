@@ -18,8 +18,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ._data import load_data
-from .distributions.energies import u1
+from ..distributions.energies import u1
+from .data import load_data
 
 Data = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from .guides import AutoPlanar, AutoRadial, AutoSylvester
+from ..guides import AutoPlanar, AutoRadial, AutoSylvester
 
 FORMAT = "pyro_flows_ext guide"
 VERSION = 1

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from pyro.infer.autoguide import AutoGuide
 
-from .diagnostics import ImportanceResult, ParameterSummary, plots, summary
-from .infer import FitResult
+from ..diagnostics import ImportanceResult, ParameterSummary, plots, summary
+from ..infer import FitResult
 from .targets import Target
 
 # More rows scroll away; summary.csv has all of them.

@@ -19,10 +19,12 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 
-from ._arguments import parser
-from ._checkpoint import GuideSpec, read_guide, rebuild_guide, save_guide
-from ._files import replaced_together
-from ._report import (
+from ..diagnostics import importance, save_netcdf, to_inference_data
+from ..infer import fit
+from .arguments import parser
+from .checkpoint import GuideSpec, read_guide, rebuild_guide, save_guide
+from .files import replaced_together
+from .report import (
     Fitted,
     posterior_draws,
     print_comparison,
@@ -31,8 +33,6 @@ from ._report import (
     write_figures,
     write_npz,
 )
-from .diagnostics import importance, save_netcdf, to_inference_data
-from .infer import fit
 from .targets import TARGETS, Data, Target, load_target
 
 
