@@ -11,13 +11,13 @@ MIN_SLOPE = 1e-3
 
 
 def slope_minus_one(s: Tensor) -> Tensor:
-    """An increasing map of the real line onto (-1 + MIN_SLOPE, ∞): s for s >= 0, (1 - MIN_SLOPE)(eˢ - 1) below.
+    """An increasing map of the real line onto (-a, ∞), a = 1 - MIN_SLOPE: s for s >= 0, a (exp(s / a) - 1) below.
 
     Rethinks m(s) = softplus(s) - 1 of Rezende & Mohamed (2015, app. A.1), whose value at 0 is not 0: their planar
     layers start away from the identity, and their û has a pole at w = 0. This one changes nothing where the
-    constraint holds anyway, and touches the identity at 0, which leaves û continuous there.
+    constraint holds anyway, and has the value and the slope of the identity at 0, which leaves û continuous there.
     """
-    return F.elu(s, alpha=1 - MIN_SLOPE)
+    return F.celu(s, alpha=1 - MIN_SLOPE)
 
 
 def check_event(name: str, x: Tensor, dim: int) -> None:

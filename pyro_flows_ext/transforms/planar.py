@@ -38,7 +38,7 @@ class Planar(LowRankTanh):
     def _factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
         w, u = self.w, self.u
         wu = (w * u).sum(-1, keepdim=True)
-        # At w = 0, wᵀû is 0 whatever û is, and the correction, which stays below ‖u‖²‖w‖ / 2, drops out.
+        # At w = 0, wᵀû is 0 whatever û is, and the correction, which stays below ‖u‖²‖w‖, drops out.
         w_square = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         k = slope_minus_one(wu)
         u_hat = torch.addcmul(u, (k - wu) / w_square, w)

@@ -152,7 +152,7 @@ def convert(theirs):
     w, b = theirs.w.detach().double(), theirs.bias.detach().double()
     u_hat = theirs.u_hat(theirs.u, theirs.w).detach().double()
     k = w @ u_hat
-    s = k if k >= 0 else torch.log1p(k / (1 - 1e-3))
+    s = k if k >= 0 else (1 - 1e-3) * torch.log1p(k / (1 - 1e-3))
     return set_parameters(planar(len(w)).double(), w=w, u=u_hat + (s - k) / (w @ w) * w, b=b)
 
 
