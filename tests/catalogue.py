@@ -57,6 +57,18 @@ def _compose(dim: int) -> T.ComposeFlow:
     )
 
 
+def _permuted_lu(dim: int) -> T.LULinear:
+    transform = T.lu_linear(dim, permute=True)
+    transform.permutation.copy_(torch.arange(dim).roll(1))  # not its own inverse, for dim > 2
+    return transform
+
+
+def _batchnorm(dim: int) -> T.BatchNorm:
+    transform = T.batchnorm(dim).eval()  # batch statistics are no transform of a row
+    transform.set_statistics(torch.randn(5, dim) * 2 + 1)
+    return transform
+
+
 _HIDDEN = (4,)
 
 CATALOGUE: dict[str, Entry] = {
@@ -72,11 +84,11 @@ CATALOGUE: dict[str, Entry] = {
         lambda D: T.sylvester(D, kind="householder", num_reflections=2), ["HouseholderSylvester"]
     ),
     "sylvester-triangular": Entry(
-        lambda D: T.sylvester(D, kind="triangular", num_transforms=2), ["TriangularSylvester"]
+        lambda D: T.TriangularSylvester(D, flip=True), ["TriangularSylvester"]
     ),
     "sylvester-low-rank": Entry(lambda D: T.sylvester(D, rank=D - 1), ["OrthogonalSylvester"]),
     "sylvester-1d": Entry(T.sylvester, ["OrthogonalSylvester"], dim=1),
-    "elementwise-affine": Entry(T.ElementwiseAffine, ["ElementwiseAffine"]),
+    "elementwise-affine": Entry(T.elementwise_affine, ["elementwise_affine", "ElementwiseAffine"]),
     "whitening": Entry(_whitening, ["Whitening"]),
     "compose": Entry(_compose, ["ComposeFlow"]),
     # --- the inverse orientation ---
@@ -117,5 +129,106 @@ CATALOGUE: dict[str, Entry] = {
     "conditional-flow": conditional(
         lambda D: T.ConditionalFlow(T.ElementwiseAffine(D), CONTEXT_DIM, _HIDDEN),
         "ConditionalFlow",
+    ),
+    # --- linear and normalisation layers ---
+    "lu-linear": Entry(T.lu_linear, ["lu_linear", "LULinear"]),
+    "lu-linear-permuted": Entry(_permuted_lu, ["LULinear"]),
+    "lu-linear-1d": Entry(lambda D: T.lu_linear(D, bias=False), ["LULinear"], dim=1),
+    "qr-linear": Entry(T.qr_linear, ["qr_linear", "QRLinear"]),
+    "qr-linear-odd": Entry(
+        lambda D: T.qr_linear(D, num_reflections=3, bias=False), ["QRLinear"], dim=4
+    ),
+    "householder-linear": Entry(T.householder_linear, ["householder_linear", "HouseholderLinear"]),
+    "householder-linear-odd": Entry(
+        lambda D: T.householder_linear(D, num_reflections=1), ["HouseholderLinear"]
+    ),
+    "permute": Entry(lambda D: T.Permute(torch.arange(D).roll(1)), ["Permute"]),
+    "permute-reverse": Entry(T.permute, ["permute"]),
+    "actnorm": Entry(T.actnorm, ["actnorm", "ActNorm"]),
+    "actnorm-first-batch": Entry(
+        lambda D: T.actnorm(D, initialize_on_first_batch=True).eval(), ["ActNorm"]
+    ),
+    "batchnorm": Entry(_batchnorm, ["batchnorm", "BatchNorm"]),
+    "batchnorm-inverse": Entry(lambda D: _batchnorm(D).inv.eval(), ["BatchNorm"]),
+    "conditional-elementwise-affine": conditional(
+        lambda D: T.conditional_elementwise_affine(D, CONTEXT_DIM, _HIDDEN),
+        "conditional_elementwise_affine",
+        "ConditionalElementwiseAffine",
+    ),
+    "conditional-lu-linear": conditional(
+        lambda D: T.conditional_lu_linear(D, CONTEXT_DIM, _HIDDEN, permute=True),
+        "conditional_lu_linear",
+        "ConditionalLULinear",
+    ),
+    "conditional-qr-linear": conditional(
+        lambda D: T.conditional_qr_linear(D, CONTEXT_DIM, _HIDDEN),
+        "conditional_qr_linear",
+        "ConditionalQRLinear",
+    ),
+    "conditional-householder-linear": conditional(
+        lambda D: T.conditional_householder_linear(D, CONTEXT_DIM, _HIDDEN),
+        "conditional_householder_linear",
+        "ConditionalHouseholderLinear",
+    ),
+    # --- autoregressive ---
+    "affine-autoregressive": Entry(
+        lambda D: T.affine_autoregressive(D, (5, 5)),
+        ["affine_autoregressive", "AffineAutoregressive", "Autoregressive"],
+    ),
+    "affine-autoregressive-1d": Entry(T.affine_autoregressive, ["AffineAutoregressive"], dim=1),
+    "affine-autoregressive-inverse": Entry(
+        lambda D: T.affine_autoregressive(D, order=list(range(D))[::-1]).inv,
+        ["AffineAutoregressive"],
+    ),
+    "spline-autoregressive": Entry(
+        lambda D: T.spline_autoregressive(D, (5, 5), num_bins=4),
+        ["spline_autoregressive", "SplineAutoregressive"],
+    ),
+    "spline-autoregressive-inverse": Entry(
+        lambda D: T.spline_autoregressive(D, (6,), num_bins=3).inv, ["SplineAutoregressive"]
+    ),
+    "conditional-affine-autoregressive": conditional(
+        lambda D: T.conditional_affine_autoregressive(D, CONTEXT_DIM, (5, 5)),
+        "conditional_affine_autoregressive",
+        "ConditionalAffineAutoregressive",
+    ),
+    "conditional-affine-autoregressive-1d": conditional(
+        lambda D: T.conditional_affine_autoregressive(D, CONTEXT_DIM, _HIDDEN),
+        "ConditionalAffineAutoregressive",
+        dim=1,
+    ),
+    "conditional-spline-autoregressive": conditional(
+        lambda D: T.conditional_spline_autoregressive(D, CONTEXT_DIM, _HIDDEN, num_bins=3),
+        "conditional_spline_autoregressive",
+        "ConditionalSplineAutoregressive",
+    ),
+    # --- coupling ---
+    "additive-coupling": Entry(
+        lambda D: T.additive_coupling(D, _HIDDEN),
+        ["additive_coupling", "AdditiveCoupling", "Coupling"],
+    ),
+    "affine-coupling": Entry(
+        lambda D: T.affine_coupling(D, _HIDDEN), ["affine_coupling", "AffineCoupling"]
+    ),
+    "spline-coupling": Entry(
+        lambda D: T.spline_coupling(D, _HIDDEN), ["spline_coupling", "SplineCoupling"]
+    ),
+    "spline-coupling-alternating": Entry(
+        lambda D: T.spline_coupling(D, _HIDDEN, mask="alternating", flip=True), ["SplineCoupling"]
+    ),
+    "conditional-additive-coupling": conditional(
+        lambda D: T.conditional_additive_coupling(D, CONTEXT_DIM, _HIDDEN),
+        "conditional_additive_coupling",
+        "ConditionalAdditiveCoupling",
+    ),
+    "conditional-affine-coupling": conditional(
+        lambda D: T.conditional_affine_coupling(D, CONTEXT_DIM, _HIDDEN),
+        "conditional_affine_coupling",
+        "ConditionalAffineCoupling",
+    ),
+    "conditional-spline-coupling": conditional(
+        lambda D: T.conditional_spline_coupling(D, CONTEXT_DIM, _HIDDEN, mask="alternating"),
+        "conditional_spline_coupling",
+        "ConditionalSplineCoupling",
     ),
 }

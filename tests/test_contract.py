@@ -35,7 +35,7 @@ def test_contract(entry, point, dtype):
 
 
 def test_catalogue_is_complete():
-    abstract = {"FlowTransform", "Sylvester", "ConditionalSylvester"}
+    abstract = {"FlowTransform", "ContextualFlow", "Sylvester", "ConditionalSylvester"}
     public = set(pyro_flows_ext.transforms.__all__)
     covered = {name for entry in CATALOGUE.values() for name in entry.covers}
     assert public - abstract - covered == set(), "transforms without an entry in the catalogue"

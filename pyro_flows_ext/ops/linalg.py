@@ -35,11 +35,46 @@ def householder_columns(V: Tensor, num_columns: int | None = None) -> Tensor:
     K, D = V.shape[-2:]
     num_columns = D if num_columns is None else num_columns
     square = (V * V).sum(-1, keepdim=True)
-    is_zero = square == 0
-    U = torch.where(is_zero, 0.0, V * torch.where(is_zero, 1.0, square).rsqrt())
+    zero = is_zero(square)
+    U = torch.where(zero, 0.0, V * torch.where(zero, 1.0, square).rsqrt())
     eye = torch.eye(D, dtype=V.dtype, device=V.device)
     T_inv = (U @ U.mT).triu(1) + 0.5 * eye.new_ones(K).diag()
     return (
         eye[:, :num_columns]
         - U.mT @ torch.linalg.solve_triangular(T_inv, U, upper=True)[..., :num_columns]
     )
+
+
+def reflect(V: Tensor, x: Tensor, *, transpose: bool = False) -> Tensor:
+    """Q x, or Qᵀ x, for Q = H_1 ... H_K with the reflection vectors in the rows of `V: (*, K, D)` and `x: (*, D)`.
+
+    Q = I - Vᵀ T V, where T⁻¹ has the upper triangle of V Vᵀ, with half its diagonal (the UT transform, Joffrain et al.
+    2006, Accumulating Householder transformations, revisited); neither Q nor T is formed. `householder_columns`
+    is for whom Q itself is wanted.
+    """
+    square = (V * V).sum(-1)
+    # The row of a zero vector is zero in V and V Vᵀ alike, and any number but zero on the diagonal lets it reflect nothing.
+    half = torch.where(is_zero(square), 1.0, 0.5 * square)
+    s = matvec(V, x)
+    if V.shape[-2] == 1:
+        s = s / half
+    else:
+        T_inv = torch.diagonal_scatter(V @ V.mT, half, dim1=-2, dim2=-1)
+        s = solve_triangular(T_inv.mT if transpose else T_inv, s, upper=not transpose)
+    return x + matvec(V.mT, -s)
+
+
+def is_zero(square: Tensor) -> Tensor:
+    """Whether a squared length is too small to be divided by."""
+    return square < torch.finfo(square.dtype).tiny
+
+
+def solve_triangular(A: Tensor, b: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
+    """A⁻¹ b for triangular `A: (*, M, M)` and `b: (*, M)` -> `(*, M)`; A's other triangle is not read."""
+    options = {"unitriangular": unitriangular}
+    if A.dim() > 2:
+        return torch.linalg.solve_triangular(A, b.unsqueeze(-1), upper=upper, **options).squeeze(-1)
+    # Right-hand sides as rows: one triangular solve for the whole batch.
+    rows = b.reshape(-1, b.shape[-1])
+    x = torch.linalg.solve_triangular(A.mT, rows, upper=not upper, left=False, **options)
+    return x.reshape(b.shape)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import matvec
+from ..ops.linalg import solve_triangular
 from ._constrain import check_event, check_positive
 from .base import FlowTransform
+from .conditional import ConditionalFlow
 
 
 class ElementwiseAffine(FlowTransform):
@@ -36,6 +40,28 @@ class ElementwiseAffine(FlowTransform):
         return f"{self.input_dim}"
 
 
+class ConditionalElementwiseAffine(ConditionalFlow):
+    """`ElementwiseAffine` whose loc and scale depend on a context `(*, C)`; `.condition(context)` gives the transform.
+
+    The hyper-network's last layer emits 2D numbers a datum.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None):
+        super().__init__(ElementwiseAffine(input_dim), context_dim, hidden_dims)
+
+
+def elementwise_affine(input_dim: int) -> ElementwiseAffine:
+    """A learnable location and scale by coordinate: see `ElementwiseAffine`."""
+    return ElementwiseAffine(input_dim)
+
+
+def conditional_elementwise_affine(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None
+) -> ConditionalElementwiseAffine:
+    """A location and scale by coordinate, amortized over a context: see `ConditionalElementwiseAffine`."""
+    return ConditionalElementwiseAffine(input_dim, context_dim, hidden_dims)
+
+
 class Whitening(FlowTransform):
     """y = loc + L x for a fixed vector `loc` `(D)` and lower-triangular `scale_tril` L `(D, D)`.
 
@@ -61,10 +87,8 @@ class Whitening(FlowTransform):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         check_event("y", y, self.input_dim)
-        # Right-hand sides as rows: one triangular solve for the whole batch.
-        rows = (y - self.loc).reshape(-1, self.input_dim)
-        x = torch.linalg.solve_triangular(self.scale_tril.mT, rows, upper=True, left=False)
-        return x.reshape(y.shape), -self._ladj().expand(y.shape[:-1])
+        x = solve_triangular(self.scale_tril, y - self.loc, upper=False)
+        return x, -self._ladj().expand(y.shape[:-1])
 
     def _ladj(self) -> Tensor:
         return self.scale_tril.diagonal().log().sum()
