@@ -1,7 +1,10 @@
-"""What the rank-one families share: a shape check, and the map that keeps their slopes positive."""
+"""What the families share: checks of arguments, and maps that keep every slope away from zero."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +21,24 @@ def slope_minus_one(s: Tensor) -> Tensor:
     constraint holds anyway, and has the value and the slope of the identity at 0, which leaves û continuous there.
     """
     return F.celu(s, alpha=1 - MIN_SLOPE)
+
+
+# Without a bound one stray activation of 20 scales by e²⁰, and a stack of layers overflows, or in float32 cannot be
+# inverted. With this one a layer neither stretches nor shrinks more than the thousandfold that MIN_SLOPE stands for.
+MAX_LOG_SCALE = -math.log(MIN_SLOPE)
+
+
+def bounded_affine(
+    x: Tensor, shift: Tensor, raw: Tensor, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """y = shift + eˢ x, or its inverse, and the log-derivative ±s by element, with s = c tanh(raw / c), c = log 1000.
+
+    tanh has the slope 1 at 0, changes small scales little, and never cuts a gradient off, as clamping does.
+    """
+    s = MAX_LOG_SCALE * (raw / MAX_LOG_SCALE).tanh()
+    if inverse:
+        return (x - shift) * (-s).exp(), -s
+    return torch.addcmul(shift, x, s.exp()), s
 
 
 def check_event(name: str, x: Tensor, dim: int) -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..nn import MADE
 from ..ops import rq_spline, triangular_fixed_point
-from ._constrain import MIN_SLOPE, check_event, check_positive
+from ._constrain import bounded_affine, check_event, check_positive
 from .base import FlowTransform
 from .conditional import ContextualFlow
-
-# No layer scales by more than the thousandfold that MIN_SLOPE stands for, either way. tanh has the slope 1 at 0, and
-# never cuts a gradient off as clamping does.
-MAX_LOG_SCALE = -math.log(MIN_SLOPE)
 
 
 class AutoregressiveOptions(TypedDict, total=False):
@@ -129,10 +123,7 @@ class AffineAutoregressive(Autoregressive):
 
     def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         shift, raw = theta.unbind(-1)
-        log_scale = MAX_LOG_SCALE * (raw / MAX_LOG_SCALE).tanh()
-        if inverse:
-            return (x - shift) * (-log_scale).exp(), -log_scale
-        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+        return bounded_affine(x, shift, raw, inverse=inverse)
 
 
 class SplineAutoregressive(Autoregressive):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -13,14 +12,9 @@ from typing_extensions import Unpack
 from ..nn import MLP
 from ..nn.mlp import join_context
 from ..ops import rq_spline
-from ._constrain import MIN_SLOPE, check_event, check_positive
+from ._constrain import bounded_affine, check_event, check_positive
 from .base import FlowTransform
 from .conditional import ContextualFlow
-
-# Without a bound one stray activation of 20 scales by e²⁰, and a stack of layers overflows, or in float32 cannot be inverted.
-# With this one a layer neither stretches nor shrinks more than a thousandfold, as elsewhere in the package. tanh has the
-# slope 1 at 0, changes small scales little, and never cuts a gradient off, as clamping does.
-MAX_LOG_SCALE = -math.log(MIN_SLOPE)
 
 Mask = str | Sequence[bool] | Tensor
 
@@ -229,10 +223,8 @@ class AffineCoupling(Coupling):
 
     def _elementwise(self, value: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         t, raw = theta.unbind(-2)
-        s = MAX_LOG_SCALE * (raw / MAX_LOG_SCALE).tanh()
-        if inverse:
-            return (value - t) * (-s).exp(), -s.sum(-1)
-        return torch.addcmul(t, value, s.exp()), s.sum(-1)
+        y, log_scale = bounded_affine(value, t, raw, inverse=inverse)
+        return y, log_scale.sum(-1)
 
 
 class SplineCoupling(Coupling):
