@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -44,6 +44,13 @@ FLOWS: dict[str, FlowFactory] = {
 
 # Draws behind `median` and `quantiles`: the 5 % quantile of a normal then has a standard error of .02 sd.
 QUANTILE_DRAWS = 10_000
+
+
+class GuideOptions(TypedDict, total=False):
+    """Keywords that all flow guides share: see `AutoFlow`."""
+
+    init_loc_fn: Callable[..., Any]
+    init_scale: float
 
 
 class AutoFlow(AutoContinuous):

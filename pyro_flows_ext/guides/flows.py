@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pyro.infer.autoguide.initialization import init_to_median
+from typing_extensions import Unpack
 
 from ..transforms import planar, radial, sylvester
-from .base import AutoFlow
+from .base import AutoFlow, GuideOptions
 
 
 class AutoPlanar(AutoFlow):
@@ -22,12 +22,9 @@ class AutoPlanar(AutoFlow):
         self,
         model: Callable[..., Any],
         num_transforms: int = 16,
-        *,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        **options: Unpack[GuideOptions],
     ):
-        flow = partial(planar, num_transforms=num_transforms)
-        super().__init__(model, flow, init_loc_fn=init_loc_fn, init_scale=init_scale)
+        super().__init__(model, partial(planar, num_transforms=num_transforms), **options)
 
 
 class AutoRadial(AutoFlow):
@@ -41,12 +38,9 @@ class AutoRadial(AutoFlow):
         self,
         model: Callable[..., Any],
         num_transforms: int = 16,
-        *,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        **options: Unpack[GuideOptions],
     ):
-        flow = partial(radial, num_transforms=num_transforms)
-        super().__init__(model, flow, init_loc_fn=init_loc_fn, init_scale=init_scale)
+        super().__init__(model, partial(radial, num_transforms=num_transforms), **options)
 
 
 class AutoSylvester(AutoFlow):
@@ -62,9 +56,7 @@ class AutoSylvester(AutoFlow):
         num_transforms: int = 4,
         kind: str = "orthogonal",
         rank: int | None = None,
-        *,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        **options: Unpack[GuideOptions],
     ):
         flow = partial(sylvester, num_transforms=num_transforms, kind=kind, rank=rank)
-        super().__init__(model, flow, init_loc_fn=init_loc_fn, init_scale=init_scale)
+        super().__init__(model, flow, **options)

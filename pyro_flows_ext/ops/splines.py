@@ -26,10 +26,11 @@ def rq_spline(
     """y = g(x; raw) elementwise, g a monotone rational-quadratic spline on [-bound, bound] and the identity outside.
 
     Shapes: x `(*)`, raw `(*, 3K - 1)`, broadcast -> y `(*)`, ladj `(*)` = log g'(x), exact, elementwise. `inverse=True`
-    gives g⁻¹(x) and log (g⁻¹)'(x), in closed form too. g has K bins; raw holds K widths and K heights (before a softmax)
-    and the slopes of the K - 1 inner knots (before a softplus). The slopes at ±bound are 1, so that g is continuously
-    differentiable everywhere, and raw = 0 is the identity. Any real raw gives an increasing g.
-    Cost: O(K) time and memory an element, the same in both directions.
+    gives g⁻¹(x) and log (g⁻¹)'(x), in closed form too. g has K bins; raw holds K widths and K heights (halved, before a
+    softmax) and the slopes of the K - 1 inner knots (before a softplus). The slopes at ±bound are 1, so that g is
+    continuously differentiable everywhere, and raw = 0 is the identity. Any real raw gives an increasing g.
+    Cost: O(K) time and memory an element, the same in both directions; a raw that is a transposed view of
+    `(*, 3K - 1, D)` saves copying it to the order in which it is read.
     Raises `ValueError` when the last dimension of raw is not 3K - 1 for some 1 <= K < 1000, or bound is not positive.
 
     Source: Durkan et al. 2019, section 3.1, with the terms arranged into sums of positive ones: see `_forward`, `_inverse`.

@@ -42,17 +42,16 @@ from .linear import (
     ConditionalQRLinear,
     HouseholderLinear,
     LULinear,
-    Permute,
     QRLinear,
     conditional_householder_linear,
     conditional_lu_linear,
     conditional_qr_linear,
     householder_linear,
     lu_linear,
-    permute,
     qr_linear,
 )
 from .normalization import ActNorm, BatchNorm, actnorm, batchnorm
+from .permute import Permute, permute
 from .planar import ConditionalPlanar, Planar, conditional_planar, planar
 from .radial import ConditionalRadial, Radial, conditional_radial, radial
 from .sylvester import (

@@ -15,8 +15,7 @@ from ..ops import rq_spline
 from ._constrain import bounded_affine, check_event, check_positive
 from .base import FlowTransform
 from .conditional import ContextualFlow
-
-Mask = str | Sequence[bool] | Tensor
+from .masks import Mask, passed_elements
 
 
 class CouplingOptions(TypedDict, total=False):
@@ -75,7 +74,7 @@ class Coupling(FlowTransform):
         self.input_dim = D = check_positive("input_dim", input_dim)
         self.context_dim = context_dim
         self._kind = (mask if isinstance(mask, str) else "custom", flip)
-        passes = _passes(mask, D, flip)
+        passes = passed_elements(mask, D, flip)
         # Blocks in the order in which they begin, so that two halves need no index, only views. By Python, not by
         # `nonzero`: a layer can be built on the meta device.
         order = sorted(range(D), key=lambda i: passes[i] != passes[0])
@@ -167,35 +166,6 @@ class Coupling(FlowTransform):
     def extra_repr(self) -> str:
         name, flip = self._kind
         return f"{self.input_dim}, mask={name!r}" + (", flip=True" if flip else "")
-
-
-def _passes(mask: Mask, dim: int, flip: bool) -> list[bool]:
-    """The mask as `dim` Python booleans, True for an element that passes through."""
-    if dim == 1:
-        raise ValueError(
-            "input_dim: a coupling layer needs two elements at least, one to pass and one to transform, got 1; use an "
-            "autoregressive, planar or radial transform in one dimension"
-        )
-    if isinstance(mask, str):
-        named = {
-            "half": [i < dim // 2 for i in range(dim)],
-            "alternating": [i % 2 == 0 for i in range(dim)],
-        }
-        if mask not in named:
-            raise ValueError(f"mask: expected one of {list(named)} or booleans, got {mask!r}")
-        passes = named[mask]
-    else:
-        tensor = torch.as_tensor(mask)
-        if tensor.dtype != torch.bool or tensor.shape != (dim,):
-            raise ValueError(
-                f"mask: expected booleans of shape ({dim},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-        passes = tensor.tolist()
-    if all(passes) or not any(passes):
-        raise ValueError(
-            f"mask: expected some elements to pass and some to be transformed, got {passes[0]} for all {dim}"
-        )
-    return [p != flip for p in passes]
 
 
 class AdditiveCoupling(Coupling):

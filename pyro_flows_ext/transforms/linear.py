@@ -1,4 +1,4 @@
-"""Linear layers whose log-det costs O(D): LU and QR factors, products of reflections, permutations."""
+"""Linear layers whose log-det costs O(D): LU and QR factors, products of reflections."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..ops.linalg import is_zero, reflect, solve_triangular
 from ._constrain import check_event, check_positive, slope_minus_one
 from .base import FlowTransform
 from .conditional import ConditionalFlow
+from .permute import parity
 
 # A batch of as many numbers (and of four times as many rows as columns) is worth multiplying out the factors for: on
 # one core, 1.3 (LU) to 2 times (QR) faster than a product with each factor, and 1.1 times slower on smaller batches.
@@ -73,7 +74,7 @@ class LULinear(FlowTransform):
 
     @property
     def sign(self) -> int:
-        return 1 if self.permutation is None else _parity(self.permutation)
+        return 1 if self.permutation is None else parity(self.permutation)
 
     def extra_repr(self) -> str:
         bias, permute = self.bias is not None, self.permutation is not None
@@ -170,42 +171,6 @@ class HouseholderLinear(FlowTransform):
         return f"{self.input_dim}, num_reflections={self.v.shape[-2]}"
 
 
-class Permute(FlowTransform):
-    """y_i = x_π(i) for a fixed permutation π of the coordinates; log|det| = 0, and `sign` is π's parity.
-
-    `permutation`: π(0), ..., π(D - 1), a buffer. Shapes `(*, D)`; O(D) in both directions.
-    Raises `ValueError` unless every number from 0 to D - 1 comes once.
-    """
-
-    permutation: Tensor
-
-    def __init__(self, permutation: Tensor | Sequence[int]):
-        super().__init__()
-        permutation = torch.as_tensor(permutation)
-        D = permutation.numel()
-        if permutation.dim() != 1 or D == 0 or permutation.sort()[0].tolist() != list(range(D)):
-            raise ValueError(
-                f"permutation: expected each of 0 to D - 1 once, in one dimension, got {permutation.tolist()}"
-            )
-        self.input_dim = D
-        self.register_buffer("permutation", permutation.detach().long().clone())
-
-    def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
-        return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
-        return y.index_select(-1, self.permutation.argsort()), y.new_zeros(y.shape[:-1])
-
-    @property
-    def sign(self) -> int:
-        return _parity(self.permutation)
-
-    def extra_repr(self) -> str:
-        return f"{self.input_dim}"
-
-
 # --- factors and their products with rows ---
 
 
@@ -244,12 +209,6 @@ def _near_identity(dim: int, num_reflections: int | None) -> Tensor:
 
 def _sign_of_reflections(v: Tensor) -> Tensor:
     return torch.where(is_zero((v * v).sum(-1)), 1, -1).prod(-1)
-
-
-def _parity(permutation: Tensor) -> int:
-    """+1 for an even number of inversions, -1 for an odd one."""
-    inversions = (permutation.unsqueeze(-1) > permutation).triu(1).sum()
-    return 1 - 2 * int(inversions % 2)
 
 
 # --- conditional forms ---
@@ -314,18 +273,6 @@ def qr_linear(input_dim: int, *, num_reflections: int | None = None, bias: bool 
 def householder_linear(input_dim: int, *, num_reflections: int | None = None) -> HouseholderLinear:
     """An orthogonal layer of `num_reflections` reflections: see `HouseholderLinear`."""
     return HouseholderLinear(input_dim, num_reflections=num_reflections)
-
-
-def permute(
-    input_dim: int, *, kind: str = "reverse", generator: torch.Generator | None = None
-) -> Permute:
-    """A fixed permutation of the coordinates: `kind` "reverse", or "random", drawn from `generator`. See `Permute`."""
-    check_positive("input_dim", input_dim)
-    if kind == "reverse":
-        return Permute(range(input_dim)[::-1])
-    if kind == "random":
-        return Permute(torch.randperm(input_dim, generator=generator))
-    raise ValueError(f"kind: expected one of reverse, random; got {kind!r}")
 
 
 def conditional_lu_linear(
