@@ -162,31 +162,13 @@ class SplineAutoregressive(Autoregressive):
 class ConditionalAffineAutoregressive(ContextualFlow):
     """`AffineAutoregressive` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        **options: Unpack[AutoregressiveOptions],
-    ):
-        check_positive("context_dim", context_dim)
-        transform = AffineAutoregressive(input_dim, hidden_dims, context_dim=context_dim, **options)
-        super().__init__(transform, context_dim)
+    base = AffineAutoregressive
 
 
 class ConditionalSplineAutoregressive(ContextualFlow):
     """`SplineAutoregressive` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        **options: Unpack[SplineAutoregressiveOptions],
-    ):
-        check_positive("context_dim", context_dim)
-        transform = SplineAutoregressive(input_dim, hidden_dims, context_dim=context_dim, **options)
-        super().__init__(transform, context_dim)
+    base = SplineAutoregressive
 
 
 def affine_autoregressive(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 
 from ..nn import HyperNetwork
-from ._constrain import check_event
+from ._constrain import check_event, check_positive
 from .base import FlowTransform, forget_param_store
 
 
@@ -53,15 +53,22 @@ class ContextualFlow(ConditionalTransformModule):
 
     `condition(context)` with a context `(*, C)` gives a transform of batch shape `(*)`. The conditional form of the
     families whose parameters already come from a network (coupling, autoregressive). Raises `ValueError` when the
-    context's last dimension is not `context_dim`.
+    context's last dimension is not `context_dim`; `options` are those of the transform.
     """
 
+    base: Callable[..., FlowTransform]  # a subclass's, with the keyword `context_dim`
     transform: FlowTransform
 
-    def __init__(self, transform: FlowTransform, context_dim: int):
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        hidden_dims: Sequence[int] | None = None,
+        **options: Any,
+    ):
         super().__init__()
-        self.transform = transform
-        self.context_dim = context_dim
+        self.context_dim = check_positive("context_dim", context_dim)
+        self.transform = type(self).base(input_dim, hidden_dims, context_dim=context_dim, **options)
 
     def condition(self, context: Tensor) -> FlowTransform:
         """The transform for this context: `(*, C)` -> a transform of batch shape `(*)`."""

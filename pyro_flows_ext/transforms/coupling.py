@@ -237,36 +237,19 @@ class SplineCoupling(Coupling):
 # --- conditional forms ---
 
 
-class _ConditionalCoupling(ContextualFlow):
-    """Builds `base`, with its keywords, around a network that takes the context too."""
-
-    base: type[AdditiveCoupling | AffineCoupling | SplineCoupling]
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        **options: Any,
-    ):
-        check_positive("context_dim", context_dim)
-        transform = self.base(input_dim, hidden_dims, context_dim=context_dim, **options)
-        super().__init__(transform, context_dim)
-
-
-class ConditionalAdditiveCoupling(_ConditionalCoupling):
+class ConditionalAdditiveCoupling(ContextualFlow):
     """`AdditiveCoupling` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
 
     base = AdditiveCoupling
 
 
-class ConditionalAffineCoupling(_ConditionalCoupling):
+class ConditionalAffineCoupling(ContextualFlow):
     """`AffineCoupling` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
 
     base = AffineCoupling
 
 
-class ConditionalSplineCoupling(_ConditionalCoupling):
+class ConditionalSplineCoupling(ContextualFlow):
     """`SplineCoupling` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
 
     base = SplineCoupling
