@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from catalogue_images import IMAGES
+from entries import CONTEXT_DIM, Entry, conditional
 from torch import nn
 
 import pyro_flows_ext.transforms as T
-
-CONTEXT_DIM = 2
-
-
-@dataclass(frozen=True)
-class Entry:
-    """`make(D)` is the transform, of events `(D,)` unless `event_shape` says otherwise; `dim` is the D to test at.
-
-    `covers`: the public names of `pyro_flows_ext.transforms` that the entry stands for.
-    """
-
-    make: Callable[[int], nn.Module]
-    covers: Sequence[str]
-    dim: int = 3
-    context_dim: int | None = None
-    event_shape: tuple[int, ...] | None = None
-
-    def factory(self, dim: int | None = None) -> Callable[[], nn.Module]:
-        """What the contract suite builds from; `dim` in place of the entry's own for what needs a small one."""
-        return partial(self.make, self.dim if dim is None else dim)
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether `dim` may be chosen."""
-        return self.event_shape is None
-
-    @property
-    def options(self) -> dict:
-        """The keywords of the checks."""
-        return {"context_dim": self.context_dim, "event_shape": self.event_shape}
-
-
-def conditional(make: Callable[[int], nn.Module], *covers: str, dim: int = 3) -> Entry:
-    return Entry(make, covers, dim=dim, context_dim=CONTEXT_DIM)
 
 
 def _whitening(dim: int) -> T.Whitening:
@@ -69,9 +36,48 @@ def _batchnorm(dim: int) -> T.BatchNorm:
     return transform
 
 
+class _Well(nn.Module):
+    """A smooth potential with several minima, of z and of a context where it is given one; every parameter counts."""
+
+    def __init__(self, dim: int, context_dim: int = 0):
+        super().__init__()
+        self.loc = nn.Parameter(torch.randn(dim))
+        self.mix = nn.Parameter(torch.randn(dim + context_dim, dim) / dim**0.5)
+
+    def forward(self, z, context=None):
+        inner = z if context is None else torch.cat([z, context], -1)
+        return ((z - self.loc) ** 2).sum(-1) / 2 + (inner @ self.mix).cos().sum(-1)
+
+
 _HIDDEN = (4,)
 
+
+def _estimated_residual(dim: int) -> T.ResidualFlow:
+    """In training mode, with noise that makes the estimate exact: one probe a coordinate, and all terms that count."""
+    transform = T.residual_flow(dim, _HIDDEN, lipschitz=0.2)
+    return transform.with_noise(T.LogDetNoise(dim**0.5 * torch.eye(dim).double(), (1.0,) * 12))
+
+
+def _presets() -> dict[str, Entry]:
+    """Two steps of every preset, plain and conditional."""
+    entries = {}
+    for name in ("nice", "realnvp", "glow_vector", "nsf", "maf", "iaf", "residual"):
+        preset = getattr(T, name)
+
+        def make(dim: int, preset: Callable = preset, **options: int) -> nn.Module:
+            # The log-det of a residual flow is exact in eval mode.
+            return preset(dim, num_transforms=2, hidden_dims=_HIDDEN, **options).eval()
+
+        # Condition numbers of layers multiply: what is .7 to one of them is less to a stack.
+        entries[f"preset-{name}"] = Entry(make, [name], scale=0.3)
+        entries[f"preset-{name}-conditional"] = conditional(
+            partial(make, context_dim=CONTEXT_DIM), name, scale=0.3
+        )
+    return entries
+
+
 CATALOGUE: dict[str, Entry] = {
+    **IMAGES,
     # --- plain ---
     "planar": Entry(T.planar, ["planar", "Planar"]),
     "planar-2": Entry(lambda D: T.planar(D, num_transforms=2), ["Planar"]),
@@ -231,4 +237,59 @@ CATALOGUE: dict[str, Entry] = {
         "conditional_spline_coupling",
         "ConditionalSplineCoupling",
     ),
+    # --- leapfrog steps on a position and its momentum, D / 2 numbers each ---
+    "leapfrog": Entry(
+        lambda D: T.leapfrog(_Well(D // 2), D // 2, 3), ["leapfrog", "Leapfrog"], dim=4
+    ),
+    "leapfrog-tempered": Entry(
+        lambda D: T.leapfrog(_Well(D // 2), D // 2, 2, tempering="quadratic"), ["Leapfrog"], dim=4
+    ),
+    "leapfrog-tempered-free": Entry(
+        lambda D: T.leapfrog(_Well(D // 2), D // 2, 2, tempering="free"), ["Leapfrog"], dim=4
+    ),
+    "leapfrog-inverse": Entry(
+        lambda D: T.leapfrog(_Well(D // 2), D // 2, 1).inv, ["Leapfrog"], dim=2
+    ),
+    "conditional-leapfrog": conditional(
+        lambda D: T.conditional_leapfrog(_Well(D // 2, CONTEXT_DIM), D // 2, CONTEXT_DIM, 2),
+        "conditional_leapfrog",
+        "ConditionalLeapfrog",
+        dim=4,
+    ),
+    # --- residual ---
+    "residual": Entry(
+        lambda D: T.residual_flow(D, _HIDDEN).eval(), ["residual_flow", "ResidualFlow"]
+    ),
+    "residual-1d": Entry(lambda D: T.residual_flow(D).eval(), ["ResidualFlow"], dim=1),
+    "residual-inverse": Entry(lambda D: T.residual_flow(D, (5, 5)).eval().inv, ["ResidualFlow"]),
+    "residual-estimated": Entry(_estimated_residual, ["ResidualFlow"]),
+    "conditional-residual": conditional(
+        lambda D: T.conditional_residual_flow(D, CONTEXT_DIM, _HIDDEN).eval(),
+        "conditional_residual_flow",
+        "ConditionalResidualFlow",
+    ),
+    # --- composed and indexed ---
+    "conditional-compose": conditional(
+        lambda D: T.ConditionalComposeFlow(
+            [
+                T.conditional_planar(D, CONTEXT_DIM, _HIDDEN),
+                T.elementwise_affine(D),
+                T.conditional_affine_coupling(D, CONTEXT_DIM, _HIDDEN).inv,
+            ]
+        ),
+        "ConditionalComposeFlow",
+    ),
+    "indexed-planar": conditional(
+        lambda D: T.indexed(T.planar(D), CONTEXT_DIM, _HIDDEN), "indexed", "IndexedTransform"
+    ),
+    "indexed-affine-coupling": conditional(
+        lambda D: T.indexed(T.affine_coupling(D, _HIDDEN), CONTEXT_DIM, _HIDDEN),
+        "IndexedTransform",
+    ),
+    "indexed-spline-autoregressive": conditional(
+        lambda D: T.indexed(T.spline_autoregressive(D, (4,), num_bins=3), CONTEXT_DIM),
+        "IndexedTransform",
+    ),
+    # --- presets ---
+    **_presets(),
 }

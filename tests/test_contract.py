@@ -36,7 +36,8 @@ def test_contract(entry, point, dtype):
 
 def test_catalogue_is_complete():
     abstract = {"FlowTransform", "ContextualFlow", "Sylvester", "ConditionalSylvester"}
-    public = set(pyro_flows_ext.transforms.__all__)
+    no_transforms = {"LogDetNoise", "Pad"}  # a value, and a surjection
+    public = set(pyro_flows_ext.transforms.__all__) - no_transforms
     covered = {name for entry in CATALOGUE.values() for name in entry.covers}
     assert public - abstract - covered == set(), "transforms without an entry in the catalogue"
     assert covered - public == set(), "names in the catalogue that the package does not export"

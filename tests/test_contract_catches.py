@@ -63,6 +63,25 @@ def test_perturb_divides_matrices_by_the_square_root_of_fan_in():
     assert module.bias.std().item() == pytest.approx(0.7, rel=0.2)
 
 
+def test_perturb_counts_all_inputs_of_a_convolution():
+    module = nn.Conv2d(20, 30, 3)
+    nn.init.zeros_(module.weight)
+    perturb(module, generator=torch.Generator().manual_seed(0))
+    assert module.weight.std().item() == pytest.approx(0.7 / 180**0.5, rel=0.05)
+
+
+def test_a_sign_of_zero_claims_nothing():
+    class Unsigned(Scale):
+        sign = 0
+
+    class Reversed(Scale):
+        sign = -1
+
+    POINTS[2].check(lambda: Unsigned(2))
+    with pytest.raises(ContractError, match="sign -1, but the determinant's is"):
+        POINTS[2].check(lambda: Reversed(2))
+
+
 def test_checks_leave_the_random_state_alone():
     before = torch.get_rng_state()
     for number in (1, 5, 9, 14, 16):

@@ -1,7 +1,19 @@
 """Networks that emit parameters."""
 
+from .convnet import GatedConvNet, ResidualConvNet
 from .hyper import HyperNetwork
+from .lipschitz import LipschitzConvNet, LipschitzMLP, LipSwish
 from .made import MADE
-from .mlp import MLP
+from .mlp import MLP, ResidualMLP
 
-__all__ = ["MADE", "MLP", "HyperNetwork"]
+__all__ = [
+    "MADE",
+    "MLP",
+    "GatedConvNet",
+    "HyperNetwork",
+    "LipSwish",
+    "LipschitzConvNet",
+    "LipschitzMLP",
+    "ResidualConvNet",
+    "ResidualMLP",
+]

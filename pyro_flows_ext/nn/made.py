@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MADE(nn.Module):
-    """θ_i = net_i(x_j for all j before i; c): maps x `(*, D)` to parameters `(*, D, P)`, all zero before training.
+    """θ_i = net_i(x_j for all j before i; c): maps x `(*, D)` to parameters `(*, P, D)`, all zero before training.
 
     `order[k]` is the variable that comes k-th; None is 0, 1, ..., D - 1. Every hidden unit sees the first m variables
     for some m, its degree; the degrees of a layer are spread evenly from 1 (0 with a context) to D - 1, so that a
@@ -88,9 +88,8 @@ class MADE(nn.Module):
                 h = h + a if self.residual and a.shape[-1] == h.shape[-1] else a
             if rest:
                 h = F.linear(h, *rest[-1])
-            # Parameters come before variables in memory: what is done to one parameter of all variables, or over the
-            # parameters of each, then runs over contiguous vectors.
-            return h.unflatten(-1, (self.num_params, -1)).mT
+            # Parameters before variables: what is done to one parameter of all variables runs over contiguous memory.
+            return h.unflatten(-1, (self.num_params, -1))
 
         return run
 

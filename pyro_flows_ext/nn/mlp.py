@@ -42,6 +42,18 @@ class MLP(nn.Sequential):
         return super().forward(x)
 
 
+class ResidualMLP(MLP):
+    """An `MLP` in which a hidden layer as wide as the one before it is added to it: h + act(linear(h))."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        h = x if context is None else join_context(x, context)
+        *hidden, last = self
+        for i, (linear, activation) in enumerate(zip(hidden[::2], hidden[1::2], strict=True)):
+            a = activation(linear(h))
+            h = h + a if i and a.shape[-1] == h.shape[-1] else a
+        return last(h)
+
+
 def join_context(x: Tensor, context: Tensor) -> Tensor:
     """x `(*, D)` and context `(*, C)`, broadcast and joined: `(*, D + C)`."""
     batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])

@@ -1,19 +1,43 @@
 """Stateless functions on tensors."""
 
+from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
 from .linalg import householder_columns, matvec, orthonormal_columns
 from .roots import monotone_root, tanh_root, triangular_tanh_root
+from .spectral import conv_norm_bound, spectral_norm_bound
 from .splines import rq_spline
 from .stats import effective_sample_size, pareto_smooth
+from .trace import (
+    Linearizable,
+    Opaque,
+    Product,
+    dense_jacobian,
+    exact_log_det,
+    log_det_series,
+    neumann_log_det,
+    roulette_weights,
+)
 
 __all__ = [
+    "Linearizable",
+    "Opaque",
+    "Product",
+    "anderson",
+    "contraction_inverse",
+    "conv_norm_bound",
+    "dense_jacobian",
     "effective_sample_size",
+    "exact_log_det",
     "householder_columns",
+    "log_det_series",
     "matvec",
     "monotone_root",
+    "neumann_log_det",
     "orthonormal_columns",
     "pareto_smooth",
+    "roulette_weights",
     "rq_spline",
+    "spectral_norm_bound",
     "tanh_root",
     "triangular_fixed_point",
     "triangular_tanh_root",

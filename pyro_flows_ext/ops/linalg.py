@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def matvec(A: Tensor, x: Tensor) -> Tensor:
-    """A x for `A: (*, M, N)` and `x: (*, N)` -> `(*, M)`; one matrix product when A is not batched."""
+    """A x for `A: (*, M, N)` and `x: (*, N)` -> `(*, M)`; one matrix product when A is not batched, one for each A else."""
     if A.dim() == 2:
         return x @ A.mT
-    return (A @ x.unsqueeze(-1)).squeeze(-1)
+    return _by_columns(lambda columns: A @ columns, A, x)
+
+
+def _by_columns(product: Callable[[Tensor], Tensor], A: Tensor, x: Tensor) -> Tensor:
+    """`product` `(*, N, K) -> (*, M, K)` of x `(*, N)`: the dimensions that x has and a batch of A has not are columns."""
+    outer = x.dim() + 1 - A.dim()
+    if outer <= 0:
+        return product(x.unsqueeze(-1)).squeeze(-1)
+    columns = x.flatten(0, outer - 1).movedim(0, -1)
+    return product(columns).movedim(-1, 0).unflatten(0, x.shape[:outer])
 
 
 def orthonormal_columns(A: Tensor) -> Tensor:
@@ -73,7 +84,9 @@ def solve_triangular(A: Tensor, b: Tensor, *, upper: bool, unitriangular: bool =
     """A⁻¹ b for triangular `A: (*, M, M)` and `b: (*, M)` -> `(*, M)`; A's other triangle is not read."""
     options = {"unitriangular": unitriangular}
     if A.dim() > 2:
-        return torch.linalg.solve_triangular(A, b.unsqueeze(-1), upper=upper, **options).squeeze(-1)
+        return _by_columns(
+            lambda columns: torch.linalg.solve_triangular(A, columns, upper=upper, **options), A, b
+        )
     # Right-hand sides as rows: one triangular solve for the whole batch.
     rows = b.reshape(-1, b.shape[-1])
     x = torch.linalg.solve_triangular(A.mT, rows, upper=not upper, left=False, **options)

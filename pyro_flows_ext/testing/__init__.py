@@ -96,11 +96,13 @@ def check_transform(
     context_dim: int | None = None,
     points: Iterable[int] | None = None,
     seed: int = 0,
+    scale: float = 0.7,
 ) -> None:
     """Runs the points of the contract on the transform that `factory()` makes, float64 then float32.
 
     `points=None` runs all, but for the density (14) of events of three numbers and more, which no grid can integrate:
-    make a 2-D transform for that one. Raises `ContractError` at the first point that fails.
+    make a 2-D transform for that one. `scale`, of the perturbation, should be smaller for stacks of many layers, whose
+    condition numbers multiply. Raises `ContractError` at the first point that fails.
     """
     for number in POINTS if points is None else points:
         if number not in POINTS:
@@ -112,6 +114,7 @@ def check_transform(
                 "context_dim": context_dim,
                 "dtype": dtype,
                 "seed": seed,
+                "scale": scale,
             }
             if points is None and number == 14:
                 case = Case(14, "density", factory, **options)

@@ -19,7 +19,7 @@ from .autoregressive import (
     spline_autoregressive,
 )
 from .base import FlowTransform, InverseFlow
-from .compose import ComposeFlow
+from .compose import ComposeFlow, ConditionalComposeFlow
 from .conditional import ConditionalFlow, ContextualFlow
 from .coupling import (
     AdditiveCoupling,
@@ -36,6 +36,14 @@ from .coupling import (
     conditional_spline_coupling,
     spline_coupling,
 )
+from .hamiltonian import (
+    ConditionalLeapfrog,
+    Leapfrog,
+    conditional_leapfrog,
+    leapfrog,
+)
+from .image import LogitPreprocess, Squeeze, Standardize, squeeze, unsqueeze
+from .indexed import IndexedTransform, indexed
 from .linear import (
     ConditionalHouseholderLinear,
     ConditionalLULinear,
@@ -51,9 +59,26 @@ from .linear import (
     qr_linear,
 )
 from .normalization import ActNorm, BatchNorm, actnorm, batchnorm
+from .pad import Pad
 from .permute import Permute, permute
+from .pixelwise import (
+    ConditionalInvertible1x1Conv,
+    ConditionalPixelwise,
+    Invertible1x1Conv,
+    Pixelwise,
+    conditional_invertible_1x1_conv,
+    invertible_1x1_conv,
+)
 from .planar import ConditionalPlanar, Planar, conditional_planar, planar
+from .presets import glow_vector, iaf, maf, nice, nsf, realnvp, residual
 from .radial import ConditionalRadial, Radial, conditional_radial, radial
+from .residual import (
+    ConditionalResidualFlow,
+    LogDetNoise,
+    ResidualFlow,
+    conditional_residual_flow,
+    residual_flow,
+)
 from .sylvester import (
     ConditionalHouseholderSylvester,
     ConditionalOrthogonalSylvester,
@@ -78,15 +103,20 @@ __all__ = [
     "ConditionalAdditiveCoupling",
     "ConditionalAffineAutoregressive",
     "ConditionalAffineCoupling",
+    "ConditionalComposeFlow",
     "ConditionalElementwiseAffine",
     "ConditionalFlow",
     "ConditionalHouseholderLinear",
     "ConditionalHouseholderSylvester",
+    "ConditionalInvertible1x1Conv",
     "ConditionalLULinear",
+    "ConditionalLeapfrog",
     "ConditionalOrthogonalSylvester",
+    "ConditionalPixelwise",
     "ConditionalPlanar",
     "ConditionalQRLinear",
     "ConditionalRadial",
+    "ConditionalResidualFlow",
     "ConditionalSplineAutoregressive",
     "ConditionalSplineCoupling",
     "ConditionalSylvester",
@@ -97,15 +127,25 @@ __all__ = [
     "FlowTransform",
     "HouseholderLinear",
     "HouseholderSylvester",
+    "IndexedTransform",
     "InverseFlow",
+    "Invertible1x1Conv",
     "LULinear",
+    "Leapfrog",
+    "LogDetNoise",
+    "LogitPreprocess",
     "OrthogonalSylvester",
+    "Pad",
     "Permute",
+    "Pixelwise",
     "Planar",
     "QRLinear",
     "Radial",
+    "ResidualFlow",
     "SplineAutoregressive",
     "SplineCoupling",
+    "Squeeze",
+    "Standardize",
     "Sylvester",
     "TriangularSylvester",
     "Whitening",
@@ -119,21 +159,37 @@ __all__ = [
     "conditional_affine_coupling",
     "conditional_elementwise_affine",
     "conditional_householder_linear",
+    "conditional_invertible_1x1_conv",
+    "conditional_leapfrog",
     "conditional_lu_linear",
     "conditional_planar",
     "conditional_qr_linear",
     "conditional_radial",
+    "conditional_residual_flow",
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "conditional_sylvester",
     "elementwise_affine",
+    "glow_vector",
     "householder_linear",
+    "iaf",
+    "indexed",
+    "invertible_1x1_conv",
+    "leapfrog",
     "lu_linear",
+    "maf",
+    "nice",
+    "nsf",
     "permute",
     "planar",
     "qr_linear",
     "radial",
+    "realnvp",
+    "residual",
+    "residual_flow",
     "spline_autoregressive",
     "spline_coupling",
+    "squeeze",
     "sylvester",
+    "unsqueeze",
 ]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from pyro.distributions import constraints
 from torch import Tensor
+
+# Where images (C, H, W) live.
+IMAGE = constraints.independent(constraints.real, 3)
 
 # The slope of a layer along its own direction never falls below this, for any parameter value: a thousandfold
 # contraction is more than a layer needs, and a float32 value (7 digits) still comes back from it with 4.
@@ -41,10 +46,21 @@ def bounded_affine(
     return torch.addcmul(shift, x, s.exp()), s
 
 
-def check_event(name: str, x: Tensor, dim: int) -> None:
-    """Raises `ValueError` unless x is `(*, dim)`."""
-    if x.dim() == 0 or x.shape[-1] != dim:
-        raise ValueError(f"{name}: expected a tensor of shape (*, {dim}), got {tuple(x.shape)}")
+def check_event(name: str, x: Tensor, shape: int | Sequence[int]) -> None:
+    """Raises `ValueError` unless x is `(*, shape)`."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"{name}: expected a tensor of shape (*, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
+        )
+
+
+def check_event_dim(name: str, x: Tensor, event_dim: int) -> None:
+    """Raises `ValueError` unless x has `event_dim` dimensions at least."""
+    if x.dim() < event_dim:
+        raise ValueError(
+            f"{name}: expected {event_dim} event dimensions, got shape {tuple(x.shape)}"
+        )
 
 
 def check_positive(name: str, value: int) -> int:

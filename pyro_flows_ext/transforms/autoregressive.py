@@ -65,10 +65,11 @@ class Autoregressive(FlowTransform):
     ):
         super().__init__()
         self.input_dim = check_positive("input_dim", input_dim)
+        self.context_dim = context_dim
         self.net = MADE(self.input_dim, num_params, hidden_dims, context_dim=context_dim, **options)
 
     def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """g or g⁻¹ at x `(*, D)` under θ `(*, D, P)`, and the logarithm of its derivative, `(*, D)` both."""
+        """g or g⁻¹ at x `(*, D)` under θ `(*, P, D)`, and the logarithm of its derivative, `(*, D)` both."""
         raise TypeError(f"{type(self).__name__} must define _elementwise(x, theta, inverse)")
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +91,11 @@ class Autoregressive(FlowTransform):
 
     def _conditioner(self) -> Callable[[Tensor], Tensor]:
         """The network as a function of x alone."""
-        if not self.net.context_dim:
+        if not self.context_dim:
             return self.net.bind()
         if self.context is None:
             raise ValueError(
-                f"{type(self).__name__}: built with context_dim={self.net.context_dim}; call condition(context) first"
+                f"{type(self).__name__}: built with context_dim={self.context_dim}; call condition(context) first"
             )
         return self.net.bind(self.context)
 
@@ -122,7 +123,7 @@ class AffineAutoregressive(Autoregressive):
         super().__init__(input_dim, 2, hidden_dims, context_dim=context_dim, **options)
 
     def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        shift, raw = theta.unbind(-1)
+        shift, raw = theta.unbind(-2)
         return bounded_affine(x, shift, raw, inverse=inverse)
 
 
@@ -153,7 +154,7 @@ class SplineAutoregressive(Autoregressive):
         self.num_bins, self.bound = num_bins, float(bound)
 
     def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return rq_spline(x, theta, bound=self.bound, inverse=inverse)
+        return rq_spline(x, theta.mT, bound=self.bound, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_bins={self.num_bins}, bound={self.bound:g}"

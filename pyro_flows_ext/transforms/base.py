@@ -81,7 +81,7 @@ class FlowTransform(TransformModule):
     @property
     def sign(self) -> int:
         """The sign of the Jacobian determinant: +1, as every family here that does not say otherwise keeps volume's
-        orientation."""
+        orientation; 0 where it depends on the size of the event."""
         return 1
 
     @property
@@ -220,7 +220,16 @@ class InverseFlow(FlowTransform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_ladj(y)
 
+    def bind(self, tensors: Mapping[str, Tensor]) -> FlowTransform:  # type: ignore[override]
+        return self.transform.bind(tensors).inv
+
+    def with_context(self, context: Tensor) -> FlowTransform:  # type: ignore[override]
+        return self.transform.with_context(context).inv
+
     # One cache for both orientations: the transform's own.
+
+    def _state(self) -> list[Tensor]:
+        return self.transform._state()
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.transform._inv_call(x)

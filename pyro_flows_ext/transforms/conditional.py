@@ -13,7 +13,15 @@ from ._constrain import check_event, check_positive
 from .base import FlowTransform, forget_param_store
 
 
-class ConditionalFlow(ConditionalTransformModule):
+class ConditionalModule(ConditionalTransformModule):
+    """A module with `condition(context)` that can be pickled after Pyro's parameter store has seen it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_param_store(self)
+        return dict(self.__dict__)
+
+
+class ConditionalFlow(ConditionalModule):
     """x -> f(x; θ + h(c)): a transform whose parameters are shifted by a network h of the context.
 
     `condition(context)` with a context `(*, C)` gives a transform of batch shape `(*)`: one set of parameters a
@@ -40,15 +48,11 @@ class ConditionalFlow(ConditionalTransformModule):
             {name: getattr(self.transform, name) + offset for name, offset in offsets.items()}
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        forget_param_store(self)
-        return dict(self.__dict__)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.hyper.context_dim})"
 
 
-class ContextualFlow(ConditionalTransformModule):
+class ContextualFlow(ConditionalModule):
     """x -> f(x; c): a transform whose own networks take the context as a further input.
 
     `condition(context)` with a context `(*, C)` gives a transform of batch shape `(*)`. The conditional form of the
@@ -61,7 +65,7 @@ class ContextualFlow(ConditionalTransformModule):
 
     def __init__(
         self,
-        input_dim: int,
+        input_dim: int | Sequence[int],
         context_dim: int,
         hidden_dims: Sequence[int] | None = None,
         **options: Any,
@@ -74,10 +78,6 @@ class ContextualFlow(ConditionalTransformModule):
         """The transform for this context: `(*, C)` -> a transform of batch shape `(*)`."""
         check_event("context", context, self.context_dim)
         return self.transform.with_context(context)
-
-    def __getstate__(self) -> dict[str, Any]:
-        forget_param_store(self)
-        return dict(self.__dict__)
 
     def __repr__(self) -> str:
         return (

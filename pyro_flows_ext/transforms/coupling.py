@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..nn import MLP
+from ..nn import MLP, ResidualConvNet
+from ..nn.convnet import join_channels
 from ..nn.mlp import join_context
 from ..ops import rq_spline
-from ._constrain import bounded_affine, check_event, check_positive
+from ._constrain import IMAGE, bounded_affine, check_event, check_positive
+from ._split import Split, make_split
 from .base import FlowTransform
 from .conditional import ContextualFlow
-from .masks import Mask, passed_elements
+from .masks import Mask
 
 
 class CouplingOptions(TypedDict, total=False):
@@ -40,28 +43,31 @@ class Coupling(FlowTransform):
     log|det| = Σ_i log g'(x_i; θ_i), exact: the Jacobian is triangular. A subclass gives g, elementwise and monotone,
     by `num_params`, the length of θ_i, and `_elementwise(value, θ, inverse)`.
 
+    `input_dim`: D for vectors, `(C, H, W)` for images.
     `mask`: True for the elements that pass through and feed the network, False for those that are transformed: any
-    booleans `(D,)`, "half" (passes the first D // 2) or "alternating" (passes the elements 0, 2, 4, ...); `flip` swaps
-    the two roles. One layer leaves what it passes untouched: alternate `flip`, or permute, from layer to layer.
+    booleans of the shape of the event, "half" (passes the first D // 2, the default) or "alternating" (passes the
+    elements 0, 2, 4, ...). For images these two go by channel, the first is also called "channel", and "checkerboard"
+    passes the pixels with even h + w. `flip` swaps the two roles. One layer leaves what it passes untouched:
+    alternate `flip`, or permute, from layer to layer.
     `net`: any module `(*, passed + context_dim) -> (*, num_params · transformed)`, where the output holds the first
     number of every θ_i, then the second, and so on; by default an `MLP` of `hidden_dims` (two layers of 64), whose last
-    layer starts at zero and with it the transform at the identity. `context_dim` > 0 makes a layer that needs
-    `with_context`: use the conditional classes.
+    layer starts at zero and with it the transform at the identity. For images a module `(*, passed + context_dim, H, W)
+    -> (*, num_params · transformed, H, W)`, where a mask that goes by channel counts channels, and with any other mask
+    both counts are C: the network sees zeros in place of what is transformed, and what it emits for the rest is
+    not used. By default a `ResidualConvNet` with one block for each of `hidden_dims`, which are its channels, all equal
+    ((32, 32)). `context_dim` > 0 makes a layer that needs `with_context`: use the conditional classes.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Cost: one pass of the network, the same in both directions.
-    Raises `ValueError` when D = 1, when the mask passes or transforms nothing, when the last dimension is not D, when
-    `net` gives the wrong number of parameters, when a context is needed and none was given, and on loading a
-    `state_dict` of another mask.
+    Shapes: x `(*, D)` or `(*, C, H, W)` -> y the same, ladj `(*)`. Cost: one pass of the network, the same in both
+    directions. Raises `ValueError` when there is one element, when the mask passes or transforms nothing, when an input
+    has another shape, when `net` gives the wrong number of parameters, when a context is needed and none was given, and
+    on loading a `state_dict` of another mask.
     """
 
-    mask: Tensor
-    _order: Tensor
-    _inverse_order: Tensor
     num_params: int
 
     def __init__(
         self,
-        input_dim: int,
+        input_dim: int | Sequence[int],
         hidden_dims: Sequence[int] | None = None,
         *,
         mask: Mask = "half",
@@ -71,30 +77,22 @@ class Coupling(FlowTransform):
         context_dim: int = 0,
     ):
         super().__init__()
-        self.input_dim = D = check_positive("input_dim", input_dim)
+        self.event_shape = _event_shape(input_dim)
+        self.input_dim = self.event_shape[0] if len(self.event_shape) == 1 else self.event_shape
         self.context_dim = context_dim
         self._kind = (mask if isinstance(mask, str) else "custom", flip)
-        passes = passed_elements(mask, D, flip)
-        # Blocks in the order in which they begin, so that two halves need no index, only views. By Python, not by
-        # `nonzero`: a layer can be built on the meta device.
-        order = sorted(range(D), key=lambda i: passes[i] != passes[0])
-        self._passed_first, self._in_order = passes[0], order == list(range(D))
-        passed = sum(passes)
-        self._sizes = (passed, D - passed)
-        self.register_buffer("mask", torch.tensor(passes))
-        self.register_buffer("_order", torch.tensor(order))
-        self.register_buffer(
-            "_inverse_order", torch.tensor(sorted(range(D), key=order.__getitem__))
-        )
+        self.split = make_split(mask, self.event_shape, flip)
         if net is not None and hidden_dims is not None:
             raise ValueError(
                 "hidden_dims: these belong to the default network; give them or net, not both"
             )
         if net is None:
-            net = MLP(
-                passed,
-                self.num_params * (D - passed),
-                (64, 64) if hidden_dims is None else hidden_dims,
+            in_dim, out_dim = self.split.seen[0], self.num_params * self.split.transformed[0]
+            make_net = _mlp if len(self.event_shape) == 1 else _convnet
+            net = make_net(
+                in_dim,
+                out_dim,
+                hidden_dims,
                 activation=activation,
                 context_dim=context_dim,
                 zero_last=True,
@@ -102,7 +100,10 @@ class Coupling(FlowTransform):
         self.net = net
 
     def _elementwise(self, value: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """g or g⁻¹ at `value` `(*, N)` under θ `(*, num_params, N)`, and the sum of its log-derivatives `(*)`."""
+        """g or g⁻¹ at N elements `value` `(*, N)` under θ `(*, num_params, N)`, and its log-derivatives `(*, N)`.
+
+        The elements of an image come in a row too.
+        """
         raise TypeError(f"{type(self).__name__} must define _elementwise(value, theta, inverse)")
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,60 +113,75 @@ class Coupling(FlowTransform):
         return self._couple("y", y, inverse=True)
 
     def _couple(self, name: str, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        check_event(name, x, self.input_dim)
+        check_event(name, x, self.event_shape)
         if self.context_dim:
             if self.context is None:
                 raise ValueError(
                     f"{type(self).__name__}: built with context_dim={self.context_dim}; "
                     "call condition(context) first"
                 )
-            batch = torch.broadcast_shapes(x.shape[:-1], self.context.shape[:-1])
-            x = x.expand(*batch, -1)
-        passed, value = self._split(x)
-        value, ladj = self._elementwise(value, self._theta(passed), inverse)
-        return self._join(passed, value), ladj
+            batch = x.shape[: -len(self.event_shape)]
+            batch = torch.broadcast_shapes(batch, self.context.shape[:-1])
+            x = x.expand(*batch, *self.event_shape)
+        split = self.split
+        seen, value = split.split(x)
+        value, log_slope = self._elementwise(value, self._theta(seen, split), inverse)
+        return split.join(seen, value), split.total(log_slope)
 
-    def _theta(self, passed: Tensor) -> Tensor:
+    def _theta(self, seen: Tensor, split: Split) -> Tensor:
         """θ `(*, num_params, N)` of the N transformed elements."""
+        axis = -len(self.event_shape)
         if self.context_dim and self.context is not None:
-            passed = join_context(passed, self.context)
-        theta = self.net(passed)
-        sizes = (self.num_params, self._sizes[1])
-        if theta.shape[-1] != sizes[0] * sizes[1]:
+            join = join_context if axis == -1 else join_channels
+            seen = join(seen, self.context)
+        theta = self.net(seen)
+        n, *pixels = split.transformed
+        expected = (self.num_params * n, *pixels)
+        if theta.shape[axis:] != expected:
             raise ValueError(
-                f"net: expected an output of shape (*, {sizes[0] * sizes[1]}), that is {sizes[0]} parameters for each of "
-                f"{sizes[1]} transformed elements, got {tuple(theta.shape)}"
+                f"net: expected an output of shape (*, {', '.join(map(str, expected))}), that is {self.num_params} "
+                f"parameters for each of {n} transformed {'elements' if axis == -1 else 'channels'}, got {tuple(theta.shape)}"
             )
-        return theta.unflatten(-1, sizes)
+        return theta.flatten(axis).unflatten(-1, (self.num_params, -1))
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The elements that pass and those that are transformed."""
-        if not self._in_order:
-            x = x.index_select(-1, self._order)
-        if self._passed_first:
-            passed, value = x.split(self._sizes, -1)
-        else:
-            value, passed = x.split(self._sizes[::-1], -1)
-        return passed, value
+    @property
+    def mask(self) -> Tensor:
+        """True for the elements that pass: booleans of the shape of the event."""
+        return self.split.mask
 
-    def _join(self, passed: Tensor, value: Tensor) -> Tensor:
-        """The inverse of `_split`."""
-        y = torch.cat([passed, value] if self._passed_first else [value, passed], -1)
-        return y if self._in_order else y.index_select(-1, self._inverse_order)
+    @property
+    def domain(self) -> Any:  # type: ignore[override]
+        return constraints.real_vector if len(self.event_shape) == 1 else IMAGE
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # The shapes of two masks can agree where their meaning does not.
-        saved = state_dict.get(f"{prefix}mask", self.mask)
-        if not (saved.is_meta or self.mask.is_meta) and saved.tolist() != self.mask.tolist():
-            raise ValueError(
-                f"{prefix}mask: expected {self.mask.tolist()}, the saved one is {saved.tolist()}; "
-                "build the transform with the mask that it was saved with"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @property
+    def codomain(self) -> Any:  # type: ignore[override]
+        return self.domain
 
     def extra_repr(self) -> str:
         name, flip = self._kind
         return f"{self.input_dim}, mask={name!r}" + (", flip=True" if flip else "")
+
+
+def _event_shape(input_dim: int | Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(input_dim) if isinstance(input_dim, Sequence) else (input_dim,)
+    if len(shape) not in (1, 3):
+        raise ValueError(f"input_dim: expected D or (C, H, W), got {input_dim!r}")
+    return tuple(check_positive("input_dim", size) for size in shape)
+
+
+def _mlp(in_dim: int, out_dim: int, hidden_dims: Sequence[int] | None, **options: Any) -> nn.Module:
+    return MLP(in_dim, out_dim, (64, 64) if hidden_dims is None else hidden_dims, **options)
+
+
+def _convnet(
+    in_channels: int, out_channels: int, hidden_dims: Sequence[int] | None, **options: Any
+) -> nn.Module:
+    widths = (32, 32) if hidden_dims is None else tuple(hidden_dims)
+    if len(set(widths)) != 1:
+        raise ValueError(
+            f"hidden_dims: expected equal numbers of channels for images, one a residual block, got {widths}"
+        )
+    return ResidualConvNet(in_channels, out_channels, widths[0], len(widths), **options)
 
 
 class AdditiveCoupling(Coupling):
@@ -178,7 +194,7 @@ class AdditiveCoupling(Coupling):
 
     def _elementwise(self, value: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         t = theta.squeeze(-2)
-        return value - t if inverse else value + t, value.new_zeros(value.shape[:-1])
+        return value - t if inverse else value + t, torch.zeros_like(value)
 
 
 class AffineCoupling(Coupling):
@@ -193,8 +209,7 @@ class AffineCoupling(Coupling):
 
     def _elementwise(self, value: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         t, raw = theta.unbind(-2)
-        y, log_scale = bounded_affine(value, t, raw, inverse=inverse)
-        return y, log_scale.sum(-1)
+        return bounded_affine(value, t, raw, inverse=inverse)
 
 
 class SplineCoupling(Coupling):
@@ -211,7 +226,7 @@ class SplineCoupling(Coupling):
 
     def __init__(
         self,
-        input_dim: int,
+        input_dim: int | Sequence[int],
         hidden_dims: Sequence[int] | None = None,
         *,
         num_bins: int = 8,
@@ -227,8 +242,7 @@ class SplineCoupling(Coupling):
         self.bound = float(bound)
 
     def _elementwise(self, value: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        y, ladj = rq_spline(value, theta.mT, bound=self.bound, inverse=inverse)
-        return y, ladj.sum(-1)
+        return rq_spline(value, theta.mT, bound=self.bound, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_bins={self.num_bins}, bound={self.bound:g}"
@@ -256,7 +270,7 @@ class ConditionalSplineCoupling(ContextualFlow):
 
 
 def additive_coupling(
-    input_dim: int,
+    input_dim: int | Sequence[int],
     hidden_dims: Sequence[int] | None = None,
     **options: Unpack[CouplingOptions],
 ) -> AdditiveCoupling:
@@ -265,7 +279,7 @@ def additive_coupling(
 
 
 def affine_coupling(
-    input_dim: int,
+    input_dim: int | Sequence[int],
     hidden_dims: Sequence[int] | None = None,
     **options: Unpack[CouplingOptions],
 ) -> AffineCoupling:
@@ -274,7 +288,7 @@ def affine_coupling(
 
 
 def spline_coupling(
-    input_dim: int,
+    input_dim: int | Sequence[int],
     hidden_dims: Sequence[int] | None = None,
     **options: Unpack[SplineCouplingOptions],
 ) -> SplineCoupling:
@@ -283,7 +297,7 @@ def spline_coupling(
 
 
 def conditional_additive_coupling(
-    input_dim: int,
+    input_dim: int | Sequence[int],
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     **options: Unpack[CouplingOptions],
@@ -293,7 +307,7 @@ def conditional_additive_coupling(
 
 
 def conditional_affine_coupling(
-    input_dim: int,
+    input_dim: int | Sequence[int],
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     **options: Unpack[CouplingOptions],
@@ -303,7 +317,7 @@ def conditional_affine_coupling(
 
 
 def conditional_spline_coupling(
-    input_dim: int,
+    input_dim: int | Sequence[int],
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     **options: Unpack[SplineCouplingOptions],

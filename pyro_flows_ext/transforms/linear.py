@@ -55,11 +55,10 @@ class LULinear(FlowTransform):
 
         def product(rows: Tensor) -> Tensor:
             h = matvec(U, rows)
-            return h + matvec(L, h)
+            return self._permuted(h + matvec(L, h))
 
-        y = _apply(product, x, self.bias, may_form=LU.dim() == 2)
-        if self.permutation is not None:
-            y = y.index_select(-1, self.permutation)
+        bias = None if self.bias is None else self._permuted(self.bias)
+        y = _apply(product, x, bias, may_form=LU.dim() == 2)
         return y, ladj.expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +70,9 @@ class LULinear(FlowTransform):
         h = solve_triangular(LU, h, upper=False, unitriangular=True)
         x = solve_triangular(LU, h, upper=True)
         return x, -ladj.expand(x.shape[:-1])
+
+    def _permuted(self, rows: Tensor) -> Tensor:
+        return rows if self.permutation is None else rows.index_select(-1, self.permutation)
 
     @property
     def sign(self) -> int:

@@ -16,7 +16,7 @@ def dependence(net, input_dim, context=None):
     """dθ_i/dx_j, the largest over parameters and a few points: `(D, D)`."""
     points = torch.randn(20, input_dim, dtype=torch.float64)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda x: net(x, context)))(points)
-    return jacobian.abs().amax((0, 2))
+    return jacobian.abs().amax((0, 1))
 
 
 ORDERS = {
@@ -58,7 +58,7 @@ def test_one_variable_depends_on_the_context_alone(context_dim, hidden_dims):
     context = torch.randn(5, 2, dtype=torch.float64) if context_dim else None
     x = torch.randn(5, 1, dtype=torch.float64)
     theta = net(x, context)
-    assert theta.shape == (5, 1, 3)
+    assert theta.shape == (5, 3, 1)
     assert torch.equal(net(x + 1, context), theta)
     assert torch.equal(theta[0], theta[1]) == (context is None)
 
@@ -77,8 +77,8 @@ def test_all_parameters_depend_on_the_context():
 def test_starts_at_zero(hidden_dims):
     net = MADE(3, 4, hidden_dims, context_dim=2)
     theta = net(torch.randn(6, 3), torch.randn(6, 2))
-    assert theta.shape == (6, 3, 4)
-    assert torch.equal(theta, torch.zeros(6, 3, 4))
+    assert theta.shape == (6, 4, 3)
+    assert torch.equal(theta, torch.zeros(6, 4, 3))
 
 
 def test_parameters_of_a_variable_are_its_own_rows():
@@ -86,7 +86,7 @@ def test_parameters_of_a_variable_are_its_own_rows():
     net = MADE(3, 2, (4,)).double()
     with torch.no_grad():
         net.layers[-1].bias.copy_(torch.arange(6.0))
-    expected = torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]], dtype=torch.float64)
+    expected = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
     assert torch.equal(net(torch.randn(3, dtype=torch.float64)), expected)
 
 
@@ -101,7 +101,7 @@ def test_context_broadcasts(x_batch, context_batch):
     context = torch.randn(*context_batch, 2, dtype=torch.float64)
     batch = torch.broadcast_shapes(x_batch, context_batch)
     theta = net(x, context)
-    assert theta.shape == (*batch, 3, 2)
+    assert theta.shape == (*batch, 2, 3)
     torch.testing.assert_close(theta, net(x.expand(*batch, 3), context.expand(*batch, 2)))
 
 

@@ -4,7 +4,20 @@ import pytest
 import torch
 
 from pyro_flows_ext.ops import householder_columns, matvec, orthonormal_columns
+from pyro_flows_ext.ops.linalg import solve_triangular
 
+BROADCASTS = [
+    ((), ()),
+    ((), (5,)),
+    ((5,), (5,)),
+    ((5,), ()),
+    ((2, 1), (5,)),
+    ((), (2, 5)),
+    ((5,), (4, 5)),
+    ((5,), (2, 1, 5)),
+    ((1, 5), (2, 4, 1)),
+    ((5,), (0, 5)),
+]
 BATCHES = pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 
 
@@ -15,13 +28,24 @@ def is_orthonormal(Q, tolerance=1e-13):
 
 @pytest.mark.parametrize(
     ("A_batch", "x_batch"),
-    [((), ()), ((), (5,)), ((5,), (5,)), ((5,), ()), ((2, 1), (5,)), ((), (2, 5))],
+    BROADCASTS,
     ids=str,
 )
 def test_matvec_broadcasts(A_batch, x_batch):
     A, x = torch.randn(*A_batch, 2, 3), torch.randn(*x_batch, 3)
     expected = (A.unsqueeze(-3) @ x[..., None, :, None]).squeeze((-3, -1))
     torch.testing.assert_close(matvec(A, x), expected)
+
+
+@pytest.mark.parametrize(("A_batch", "b_batch"), BROADCASTS, ids=str)
+@pytest.mark.parametrize("upper", [False, True])
+def test_solve_triangular_broadcasts(A_batch, b_batch, upper):
+    A = torch.randn(*A_batch, 3, 3).double() + 3 * torch.eye(3)
+    b = torch.randn(*b_batch, 3).double()
+    x = solve_triangular(A, b, upper=upper)
+    assert x.shape == (*torch.broadcast_shapes(A_batch, b_batch), 3)
+    product = matvec(A.triu() if upper else A.tril(), x)
+    torch.testing.assert_close(product, b.expand(x.shape))
 
 
 @BATCHES

@@ -107,7 +107,7 @@ def test_affine_is_its_formula():
     transform = made("affine")
     x = torch.randn(5, 4, dtype=torch.float64)
     y, ladj = transform.forward_and_ladj(x)
-    mu, s = transform.net(x).unbind(-1)
+    mu, s = transform.net(x).unbind(-2)
     log_sigma = math.log(1000) * (s / math.log(1000)).tanh()
     torch.testing.assert_close(y, mu + log_sigma.exp() * x)
     torch.testing.assert_close(ladj, log_sigma.sum(-1))
