@@ -40,7 +40,13 @@ def missing() -> list[str]:
 
 def build(architecture: str, dim: int) -> dict[str, Callable[[], Flow]]:
     """Library -> constructor of `architecture`, one of `ARCHITECTURES`; "ours" comes first."""
-    makers = {"ours": _ours, "pyro": _pyro, "zuko": _zuko, "nflows": _nflows, "normflows": _normflows}
+    makers = {
+        "ours": _ours,
+        "pyro": _pyro,
+        "zuko": _zuko,
+        "nflows": _nflows,
+        "normflows": _normflows,
+    }
     for name in missing():
         del makers[name]
     return {name: lambda make=make: make(architecture, dim) for name, make in makers.items()}
@@ -88,7 +94,10 @@ def _pyro(architecture: str, dim: int) -> Flow:
             layer = stock.SplineAutoregressive(dim, net, **spline)
         modules.append(layer)
         is_density = architecture in ("maf", "nsf-ar")
-        layers += [layer.inv if is_density else layer, stock.permute(dim, torch.arange(dim).flip(0))]
+        layers += [
+            layer.inv if is_density else layer,
+            stock.permute(dim, torch.arange(dim).flip(0)),
+        ]
     flow = _in_pyro(dim, layers)
     return Flow(modules, flow.log_prob, flow.sample)
 
@@ -98,7 +107,9 @@ def _zuko(architecture: str, dim: int) -> Flow:
 
     options: dict = {"hidden_features": (HIDDEN, HIDDEN)}
     layers = ARCHITECTURES[architecture]
-    if architecture == "nsf":  # its NSF is autoregressive, and a network of D outputs where it couples
+    if (
+        architecture == "nsf"
+    ):  # its NSF is autoregressive, and a network of D outputs where it couples
         layer = zuko.flows.coupling.GeneralCouplingTransform
         options |= {
             "univariate": zuko.transforms.MonotonicRQSTransform,
