@@ -183,8 +183,8 @@ class LipschitzConvNet(LipschitzNet):
 
     Stride 1, zero padding. `hidden_channels=None` means two layers of 64; `kernel_sizes=None` means 3 for the first and
     the last layer and 1 between, as in residual flows on images (Behrmann et al. 2019): these two have C channels on
-    one side, where the bound on their norms is cheap at any width. It is a bound from above, tight to a few per cent
-    (`ops.conv_norm_bound`): H W / 2 products of 2C x 2C matrices a layer and call of `bind`; norms of 1 x 1
+    one side, where the bound on their norms is cheap at any width. It is a bound from above, loose on a few pixels
+    and tight on many (`ops.conv_norm_bound`): H W / 2 products of 2C x 2C matrices a layer and call of `bind`; norms of 1 x 1
     convolutions are exact.
     """
 

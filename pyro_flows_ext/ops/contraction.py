@@ -40,8 +40,8 @@ def contraction_inverse(g: Linearizable, y: Tensor, lipschitz: float, event_dim:
     acceleration, with a gradient by the implicit function theorem that keeps one graph of g, however many steps there
     were; it has no derivative itself, and raises `RuntimeError` under `create_graph=True`.
 
-    Both are safeguarded (see `_solve`), so that being a contraction is all that g needs. Raises `RuntimeError` when it
-    turns out to be none, where values may be looked at. A row that is not finite stays so, and holds up no other.
+    Both are safeguarded (see `_solve`), so that being a contraction is all that g needs. Raises `RuntimeError` when
+    they do not converge, because g is none, where values may be looked at. A row that is not finite stays so, and holds up no other.
     """
     event = y.shape[y.dim() - event_dim :]
     is_small = event.numel() <= NEWTON_DIM

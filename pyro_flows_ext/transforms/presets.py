@@ -35,7 +35,9 @@ from .linear import LULinear
 from .normalization import ActNorm
 from .residual import ConditionalResidualFlow, ResidualFlow
 
-Flow = ComposeFlow | ConditionalComposeFlow
+# A `ComposeFlow`, or with a context a `ConditionalComposeFlow`: which, no type checker can read off the arguments
+# without two signatures for every preset.
+Flow = Any
 Layer = FlowTransform | ConditionalTransformModule
 
 
@@ -52,7 +54,9 @@ def nice(
     Exact, one network pass a layer in both directions. `options` as in `Coupling`. Raises `ValueError` for
     `input_dim` = 1. Source: Dinh, Krueger & Bengio 2014, NICE.
     """
-    make = _layer(AdditiveCoupling, ConditionalAdditiveCoupling, input_dim, hidden_dims, context_dim)
+    make = _layer(
+        AdditiveCoupling, ConditionalAdditiveCoupling, input_dim, hidden_dims, context_dim
+    )
     scale: Layer = (
         ElementwiseAffine(input_dim)
         if context_dim is None
@@ -128,7 +132,9 @@ def nsf(
         raise ValueError(f"kind: expected one of coupling, autoregressive; got {kind!r}")
     layers: list[Layer]
     if kind == "coupling" and input_dim > 1:
-        make = _layer(SplineCoupling, ConditionalSplineCoupling, input_dim, hidden_dims, context_dim)
+        make = _layer(
+            SplineCoupling, ConditionalSplineCoupling, input_dim, hidden_dims, context_dim
+        )
         layers = [make(flip=flip, **options) for flip in _flips(num_transforms)]
     else:
         spline = SplineAutoregressive, ConditionalSplineAutoregressive
@@ -242,4 +248,3 @@ def _orders(input_dim: int, num_transforms: int) -> list[list[int]]:
     """Forwards and backwards in turn: what is last in one layer, and sees everything, is first in the next."""
     forwards = list(range(input_dim))
     return [forwards[::-1] if flip else forwards for flip in _flips(num_transforms)]
-
