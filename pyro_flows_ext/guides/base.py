@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import init_to_median
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -26,12 +25,18 @@ from ..transforms import (
     ElementwiseAffine,
     FlowTransform,
     Whitening,
+    iaf,
+    maf,
+    nsf,
     planar,
     radial,
+    realnvp,
+    residual,
     sylvester,
 )
 from ..transforms.affine import check_whitening
 from ..transforms.base import forget_param_store
+from .initialization import init_to_median
 
 FlowFactory = Callable[[int], FlowTransform]
 
@@ -40,6 +45,11 @@ FLOWS: dict[str, FlowFactory] = {
     "planar": partial(planar, num_transforms=16),
     "radial": partial(radial, num_transforms=16),
     "sylvester": partial(sylvester, num_transforms=4),
+    "realnvp": partial(realnvp, num_transforms=8),
+    "nsf": partial(nsf, num_transforms=4),
+    "iaf": partial(iaf, num_transforms=2),
+    "maf": partial(maf, num_transforms=2),
+    "residual": partial(residual, num_transforms=4, exact_log_det=True),
 }
 
 # Draws behind `median` and `quantiles`: the 5 % quantile of a normal then has a standard error of .02 sd.
@@ -141,14 +151,19 @@ class AutoFlow(AutoContinuous):
                     f"({site['value']}); expected one inside"
                 )
 
+    @property
+    def whitening(self) -> Whitening:
+        """The fixed affine map behind the flow; `whiten` sets it."""
+        self._require_setup()
+        return self._modules["transform"][-1]  # type: ignore[index, return-value]
+
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Places the guide at N(loc, L Lᵀ) in unconstrained space, for `loc` `(D)` and `scale_tril` L `(D, D)`.
 
         The flow goes on in the whitened coordinates with the parameters it has; before training that is near N(0, I).
         """
-        self._require_setup()
+        whitening = self.whitening
         check_whitening(loc, scale_tril)
-        whitening = self._modules["transform"][-1]  # type: ignore[index]
         if loc.shape != whitening.loc.shape:
             raise ValueError(
                 f"loc: expected shape {tuple(whitening.loc.shape)}, got {tuple(loc.shape)}"
@@ -161,8 +176,7 @@ class AutoFlow(AutoContinuous):
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, I) on `(D,)`."""
-        self._require_setup()
-        zeros = torch.zeros_like(self._modules["transform"][-1].loc)  # type: ignore[index]
+        zeros = torch.zeros_like(self.whitening.loc)
         return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:

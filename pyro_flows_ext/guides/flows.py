@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from typing_extensions import Unpack
 
-from ..transforms import planar, radial, sylvester
+from ..transforms import iaf, maf, nsf, planar, radial, realnvp, residual, sylvester
 from .base import AutoFlow, GuideOptions
 
 
@@ -59,4 +59,93 @@ class AutoSylvester(AutoFlow):
         **options: Unpack[GuideOptions],
     ):
         flow = partial(sylvester, num_transforms=num_transforms, kind=kind, rank=rank)
+        super().__init__(model, flow, **options)
+
+
+class AutoRealNVP(AutoFlow):
+    """A guide of `num_transforms` affine coupling layers over all latents: see `AutoFlow` and `transforms.realnvp`.
+
+    Draws, and scores any values, in one pass a layer. For two latents and more.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_transforms: int = 8,
+        hidden_dims: Sequence[int] | None = None,
+        **options: Unpack[GuideOptions],
+    ):
+        flow = partial(realnvp, num_transforms=num_transforms, hidden_dims=hidden_dims)
+        super().__init__(model, flow, **options)
+
+
+class AutoNSF(AutoFlow):
+    """A guide of `num_transforms` spline coupling layers over all latents: see `AutoFlow` and `transforms.nsf`.
+
+    `kind` is "coupling" or "autoregressive". The most flexible of the exact ones: several modes, sharp edges.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_transforms: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        kind: str = "coupling",
+        **options: Unpack[GuideOptions],
+    ):
+        flow = partial(nsf, num_transforms=num_transforms, hidden_dims=hidden_dims, kind=kind)
+        super().__init__(model, flow, **options)
+
+
+class AutoIAF(AutoFlow):
+    """A guide of `num_transforms` inverse autoregressive layers over all latents: see `AutoFlow` and `transforms.iaf`.
+
+    Draws, and scores its own draws, in one pass a layer; other values take sweeps.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_transforms: int = 2,
+        hidden_dims: Sequence[int] | None = None,
+        **options: Unpack[GuideOptions],
+    ):
+        flow = partial(iaf, num_transforms=num_transforms, hidden_dims=hidden_dims)
+        super().__init__(model, flow, **options)
+
+
+class AutoMAF(AutoFlow):
+    """A guide of `num_transforms` masked autoregressive layers over all latents: see `AutoFlow` and `transforms.maf`.
+
+    Scores any values in one pass a layer; drawing takes sweeps, and so does every training step. `AutoIAF` is the
+    orientation for training by the bound; this one is for guides that mostly score.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_transforms: int = 2,
+        hidden_dims: Sequence[int] | None = None,
+        **options: Unpack[GuideOptions],
+    ):
+        flow = partial(maf, num_transforms=num_transforms, hidden_dims=hidden_dims)
+        super().__init__(model, flow, **options)
+
+
+class AutoResidual(AutoFlow):
+    """A guide of `num_transforms` residual layers over all latents: see `AutoFlow` and `transforms.residual`.
+
+    Its density is exact, in training too, by the Jacobian of every layer: D more passes a layer.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_transforms: int = 4,
+        hidden_dims: Sequence[int] | None = None,
+        **options: Unpack[GuideOptions],
+    ):
+        flow = partial(
+            residual, num_transforms=num_transforms, hidden_dims=hidden_dims, exact_log_det=True
+        )
         super().__init__(model, flow, **options)

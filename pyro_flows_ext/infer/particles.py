@@ -185,16 +185,11 @@ def _collect(
     nesting: int | None,
 ) -> Particles:
     """One chunk of particles; `nesting=None` for a single particle without a plate of its own."""
-
-    def total(trace: Trace) -> Tensor:
-        trace.compute_log_prob()
-        terms = [s["log_prob"] for _, s in _sample_sites(trace) if not site_is_subsample(s)]
-        return torch.stack(
-            [t.reshape(num, -1).sum(-1) if t.dim() else t.expand(num) for t in terms]
-        ).sum(0)
-
     shapes = {name: site["value"].shape for name, site in _latents(single[1])}
-    log_joint, log_guide = total(model_trace), total(guide_trace)
+    log_joint, log_guide = (
+        log_prob_by_particle(model_trace, num),
+        log_prob_by_particle(guide_trace, num),
+    )
     # pyro.factor and pyro.deterministic are observed sites too, and observe no data.
     alone = dict(_sample_sites(single[0]))
     likelihood = {
@@ -215,6 +210,15 @@ def _collect(
         log_guide=log_guide,
         log_likelihood=likelihood,
     )
+
+
+def log_prob_by_particle(trace: Trace, num: int) -> Tensor:
+    """The log-density of a trace, scales and masks applied, of each of `num` particles: `(num)`."""
+    trace.compute_log_prob()
+    terms = [s["log_prob"] for _, s in _sample_sites(trace) if not site_is_subsample(s)]
+    return torch.stack(
+        [t.reshape(num, -1).sum(-1) if t.dim() else t.expand(num) for t in terms]
+    ).sum(0)
 
 
 def _cat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,10 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ..guides import AutoFlow
 from .particles import Program, plate_nesting, why_not_vectorized
+from .warm_start import WarmStart
+from .warm_start import warm_start as find_warm_start
 
 OptimFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -36,7 +39,7 @@ class FitResult:
     `elbo` ± `elbo_se` is the mean bound over the last tenth of the run, while the parameters still move a little;
     `diagnostics.importance` estimates it afresh. `converged` says that the bound rose by less than `tolerance` nats,
     or not significantly, from the tenth in the middle of the run to the last one: that more steps would change
-    little, not that the guide is right.
+    little, not that the guide is right. `seconds` counts the warm start too.
     """
 
     losses: Tensor
@@ -47,6 +50,7 @@ class FitResult:
     skipped_steps: int
     seconds: float
     guide: Program = field(repr=False)
+    warm_start: WarmStart | None = field(repr=False, default=None)
 
 
 def fit(
@@ -63,6 +67,7 @@ def fit(
     final_lr: float = 0.01,
     clip_norm: float | None = 10.0,
     tolerance: float = 0.1,
+    warm_start: bool | str = "auto",
     seed: int | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -73,6 +78,10 @@ def fit(
     or "constant"). `loss` is any Pyro ELBO and then decides about particles; `optim` makes a torch optimizer from
     parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to `clip_norm` jointly.
 
+    `warm_start`: whether to whiten the guide first by the best of several Gaussians (see `infer.warm_start`), so that the
+    flow trains on what they leave. "auto" does so for an `AutoFlow` that this call sets up: one that was set up before
+    may have been whitened or trained already.
+
     A step whose loss or gradient is not finite changes nothing and is counted. `seed` makes the run reproducible,
     initial parameters included where the guide has none yet, and leaves the global generators as they were.
 
@@ -80,15 +89,21 @@ def fit(
     gradient.
     """
     _check_settings(num_steps, lr, 1 if num_particles is None else num_particles, schedule)
+    if warm_start not in (True, False, "auto"):
+        raise ValueError(f'warm_start: expected True, False or "auto", got {warm_start!r}')
     kwargs = dict(model_kwargs or {})
     with _seeded(seed):
-        _set_up(guide, args, kwargs)
+        start = time.perf_counter()
+        is_new = _set_up(guide, args, kwargs)
+        begun = None
+        if warm_start is True or (warm_start == "auto" and is_new and isinstance(guide, AutoFlow)):
+            begun = find_warm_start(model, guide, *args, model_kwargs=kwargs)  # type: ignore[arg-type]
         if loss is None:
             loss = _elbo(model, guide, args, kwargs, num_particles)
         trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
         trainer.use(optim, lr, _decay(schedule, num_steps, final_lr))
         losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
-        start, bad, skipped = time.perf_counter(), 0, 0
+        bad, skipped = 0, 0
         for step in _progress(num_steps, losses, progress):
             with _quietly(first=step == 0):
                 value = trainer.step()
@@ -117,6 +132,7 @@ def fit(
         skipped_steps=skipped,
         seconds=seconds,
         guide=guide,
+        warm_start=begun,
     )
 
 
@@ -201,11 +217,13 @@ def _check_settings(num_steps: int, lr: float, num_particles: int, schedule: str
         )
 
 
-def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Creates the guide's parameters now, inside the seed, and without a graph."""
-    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-        with torch.no_grad(), poutine.block():
-            guide(*args, **kwargs)
+def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Creates the guide's parameters now, inside the seed, and without a graph; whether it had none before."""
+    if not isinstance(guide, AutoGuide) or guide.prototype_trace is not None:
+        return False
+    with torch.no_grad(), poutine.block():
+        guide(*args, **kwargs)
+    return True
 
 
 def _elbo(

@@ -28,7 +28,12 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.reparam import NeuTraReparam
 
-from pyro_flows_ext.guides import AutoFlow, AutoPlanar, AutoRadial, AutoSylvester
+from pyro_flows_ext.guides import (
+    AutoFlow,
+    AutoPlanar,
+    AutoRadial,
+    AutoSylvester,
+)
 from pyro_flows_ext.infer import fit
 from pyro_flows_ext.transforms import planar
 
@@ -54,7 +59,7 @@ D = 7  # unconstrained: 1 + 1 + 2 + 3
 
 def trained(guide_type, steps=20, **options):
     guide = guide_type(model, **options)
-    fit(model, guide, Y, num_steps=steps, num_particles=4, progress=False, seed=1)
+    fit(model, guide, Y, num_steps=steps, num_particles=4, progress=False, warm_start=False, seed=1)
     return guide
 
 
@@ -119,7 +124,7 @@ def test_log_prob_integrates_to_one_over_a_constrained_latent():
         pyro.sample("x", dist.Normal(0.0, s), obs=torch.tensor(1.0))
 
     guide = AutoSylvester(positive)
-    fit(positive, guide, num_steps=100, progress=False, seed=0)
+    fit(positive, guide, num_steps=100, progress=False, warm_start=False, seed=0)
     grid = torch.linspace(1e-4, 60, 200_001)
     density = guide.log_prob({"s": grid}).exp()
     assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=0.01)
@@ -208,7 +213,7 @@ def test_one_latent_dimension(guide_type):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
     guide = guide_type(small)
-    result = fit(small, guide, num_steps=400, lr=0.03, progress=False, seed=0)
+    result = fit(small, guide, num_steps=400, lr=0.03, progress=False, warm_start=False, seed=0)
     assert result.elbo == pytest.approx(0.0, abs=0.05)
 
 
@@ -217,7 +222,7 @@ def test_dtype_follows_the_model():
         pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
 
     guide = AutoSylvester(double)
-    fit(double, guide, num_steps=5, progress=False)
+    fit(double, guide, num_steps=5, progress=False, warm_start=False)
     assert {p.dtype for p in guide.parameters()} == {torch.float64}
     samples = guide.sample_posterior(2)
     assert samples["z"].dtype == guide.log_prob(samples).dtype == torch.float64
@@ -265,7 +270,7 @@ def test_a_global_latent_beside_a_subsampled_plate_is_fine():
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
 
     guide = AutoPlanar(subsampled, 2)
-    result = fit(subsampled, guide, Y, num_steps=20, progress=False, seed=0)
+    result = fit(subsampled, guide, Y, num_steps=20, progress=False, warm_start=False, seed=0)
     assert result.skipped_steps == 0
 
 
@@ -291,10 +296,10 @@ def test_a_second_guide_is_refused_until_the_store_is_cleared():
     with pytest.raises(ValueError, match="already holds 'AutoSylvester' parameters"):
         second.setup(Y)
     with pyro.get_param_store().scope():
-        fit(model, second, Y, num_steps=2, progress=False)
-    fit(model, first, Y, num_steps=2, progress=False)
+        fit(model, second, Y, num_steps=2, progress=False, warm_start=False)
+    fit(model, first, Y, num_steps=2, progress=False, warm_start=False)
     pyro.clear_param_store()
-    fit(model, second, Y, num_steps=2, progress=False)
+    fit(model, second, Y, num_steps=2, progress=False, warm_start=False)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +336,12 @@ def test_deepcopy_and_pickle_leave_the_original_usable(guide_type):
     samples = guide.sample_posterior(5)
     log_q = guide.log_prob(samples)
     deep, loaded = copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))
-    fit(model, guide, Y, num_steps=5, progress=False)  # the original goes on
+    fit(model, guide, Y, num_steps=5, progress=False, warm_start=False)  # the original goes on
     assert (guide.log_prob(samples) != log_q).all()
     for other in (deep, loaded):  # and the copies stay where they were
         torch.testing.assert_close(other.log_prob(samples), log_q)
     with pyro.get_param_store().scope():
-        fit(model, deep, Y, num_steps=2, progress=False)
+        fit(model, deep, Y, num_steps=2, progress=False, warm_start=False)
 
 
 def test_a_model_with_parameters_of_its_own_copies():
@@ -345,7 +350,7 @@ def test_a_model_with_parameters_of_its_own_copies():
         pyro.sample("z", dist.Uniform(-scale, scale))
 
     guide = AutoPlanar(empirical, 1)
-    fit(empirical, guide, num_steps=2, progress=False)
+    fit(empirical, guide, num_steps=2, progress=False, warm_start=False)
     for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
         assert other.sample_posterior(3)["z"].shape == (3,)
 

@@ -28,13 +28,15 @@ def log_evidence(y=Y):
 
 
 def quick(guide, **options):
-    options = {"num_steps": 20, "progress": False, "seed": 0, **options}
+    options = {"num_steps": 20, "progress": False, "warm_start": False, "seed": 0, **options}
     return fit(conjugate, guide, Y, **options)
 
 
 def test_reaches_the_exact_posterior_and_says_so():
     guide = AutoSylvester(conjugate)
-    result = fit(conjugate, guide, Y, num_steps=600, lr=0.03, progress=False, seed=0)
+    result = fit(
+        conjugate, guide, Y, num_steps=600, lr=0.03, progress=False, warm_start=False, seed=0
+    )
     assert result.elbo == pytest.approx(log_evidence(), abs=0.01)
     assert result.converged
     assert result.guide is guide
@@ -116,6 +118,7 @@ def test_a_model_that_does_not_vectorise_falls_back_and_says_why():
             lr=0.03,
             num_particles=4,
             progress=False,
+            warm_start=False,
             seed=0,
         )
     assert result.elbo == pytest.approx(log_evidence(), abs=0.05)
@@ -128,7 +131,9 @@ def test_model_kwargs_reach_model_and_guide():
             pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
 
     guide = AutoPlanar(regression)
-    result = fit(regression, guide, Y, model_kwargs={"y": Y}, num_steps=5, progress=False)
+    result = fit(
+        regression, guide, Y, model_kwargs={"y": Y}, num_steps=5, progress=False, warm_start=False
+    )
     assert result.losses.isfinite().all()
 
 
@@ -150,7 +155,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
     model = Flaky(lambda call: call % 5 == 0)
     guide = AutoPlanar(model)
     with pytest.warns(UserWarning, match="8 of 40 steps had no finite loss"):
-        result = fit(model, guide, Y, num_steps=40, num_particles=1, progress=False, seed=0)
+        result = fit(
+            model, guide, Y, num_steps=40, num_particles=1, progress=False, warm_start=False, seed=0
+        )
     assert result.skipped_steps == result.losses.isnan().sum() == 8
     assert all(p.isfinite().all() for p in guide.parameters())
     assert math.isfinite(result.elbo)
@@ -161,7 +168,7 @@ def test_a_model_that_stops_being_finite_ends_in_one_clear_error():
     guide = AutoPlanar(model)
     guide.setup(Y)
     with pytest.raises(FloatingPointError, match=r"100 steps in a row .* check the model"):
-        fit(model, guide, Y, num_steps=500, num_particles=1, progress=False)
+        fit(model, guide, Y, num_steps=500, num_particles=1, progress=False, warm_start=False)
     assert all(value.isfinite().all() for value in guide.state_dict().values())
 
 
