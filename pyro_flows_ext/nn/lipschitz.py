@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_norm_bound
+from .mlp import check_context
 
 # max |d/dz (z σ(z))| = 1.0998...
 _SWISH_SLOPE = 1.1
@@ -232,16 +233,3 @@ class LipschitzConvNet(LipschitzNet):
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values[..., None, None]
-
-
-def check_context(context: Tensor | None, context_dim: int) -> None:
-    """Raises `ValueError` unless there is a context `(*, context_dim)`, or with `context_dim` 0 none."""
-    if (context is None) != (context_dim == 0):
-        expected = f"a tensor of shape (*, {context_dim})" if context_dim else "none"
-        raise ValueError(
-            f"context: expected {expected}, got {'none' if context is None else 'one'}"
-        )
-    if context is not None and context.shape[-1:] != (context_dim,):
-        raise ValueError(
-            f"context: expected a tensor of shape (*, {context_dim}), got {tuple(context.shape)}"
-        )

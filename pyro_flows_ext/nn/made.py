@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mlp import check_context
+
 
 class MADE(nn.Module):
     """θ_i = net_i(x_j for all j before i; c): maps x `(*, D)` to parameters `(*, P, D)`, all zero before training.
@@ -73,7 +75,7 @@ class MADE(nn.Module):
 
     def bind(self, context: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """The network at a context, as a function of x: masks and context are worked in once, for many calls."""
-        self._check(context)
+        check_context(context, self.context_dim)
         (first, shift), *rest = self._masked()
         if context is not None:
             shift = F.linear(context, self.context_layer.weight, shift)  # type: ignore[union-attr]
@@ -96,15 +98,6 @@ class MADE(nn.Module):
     def _masked(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of every layer."""
         return [(layer.masked_weight(), layer.bias) for layer in self.layers]  # type: ignore[misc, operator]
-
-    def _check(self, context: Tensor | None) -> None:
-        expected = f"a tensor of shape (*, {self.context_dim})" if self.context_dim else "none"
-        if (context is None) != (self.context_dim == 0):
-            raise ValueError(
-                f"context: expected {expected}, got {'none' if context is None else 'one'}"
-            )
-        if context is not None and context.shape[-1:] != (self.context_dim,):
-            raise ValueError(f"context: expected {expected}, got {tuple(context.shape)}")
 
 
 class MaskedLinear(nn.Linear):

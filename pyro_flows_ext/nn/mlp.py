@@ -58,3 +58,16 @@ def join_context(x: Tensor, context: Tensor) -> Tensor:
     """x `(*, D)` and context `(*, C)`, broadcast and joined: `(*, D + C)`."""
     batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
     return torch.cat([x.expand(*batch, -1), context.expand(*batch, -1)], -1)
+
+
+def check_context(context: Tensor | None, context_dim: int) -> None:
+    """Raises `ValueError` unless there is a context `(*, context_dim)`, or with `context_dim` 0 none."""
+    if (context is None) != (context_dim == 0):
+        expected = f"a tensor of shape (*, {context_dim})" if context_dim else "none"
+        raise ValueError(
+            f"context: expected {expected}, got {'none' if context is None else 'one'}"
+        )
+    if context is not None and context.shape[-1:] != (context_dim,):
+        raise ValueError(
+            f"context: expected a tensor of shape (*, {context_dim}), got {tuple(context.shape)}"
+        )

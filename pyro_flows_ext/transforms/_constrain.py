@@ -68,3 +68,11 @@ def check_positive(name: str, value: int) -> int:
     if int(value) != value or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     return int(value)
+
+
+def read_event_shape(input_dim: int | Sequence[int]) -> torch.Size:
+    """`(D,)` for vectors of D numbers, `(C, H, W)` for images; `ValueError` for anything else."""
+    shape = tuple(input_dim) if isinstance(input_dim, Sequence) else (input_dim,)
+    if len(shape) not in (1, 3):
+        raise ValueError(f"input_dim: expected D or (C, H, W), got {input_dim!r}")
+    return torch.Size(check_positive("input_dim", size) for size in shape)

@@ -14,7 +14,7 @@ from ..nn import MLP, ResidualConvNet
 from ..nn.convnet import join_channels
 from ..nn.mlp import join_context
 from ..ops import rq_spline
-from ._constrain import IMAGE, bounded_affine, check_event, check_positive
+from ._constrain import IMAGE, bounded_affine, check_event, check_positive, read_event_shape
 from ._split import Split, make_split
 from .base import FlowTransform
 from .conditional import ContextualFlow
@@ -77,8 +77,8 @@ class Coupling(FlowTransform):
         context_dim: int = 0,
     ):
         super().__init__()
-        self.event_shape = _event_shape(input_dim)
-        self.input_dim = self.event_shape[0] if len(self.event_shape) == 1 else self.event_shape
+        self.event_shape = shape = read_event_shape(input_dim)
+        self.input_dim = shape[0] if len(shape) == 1 else tuple(shape)
         self.context_dim = context_dim
         self._kind = (mask if isinstance(mask, str) else "custom", flip)
         self.split = make_split(mask, self.event_shape, flip)
@@ -160,13 +160,6 @@ class Coupling(FlowTransform):
     def extra_repr(self) -> str:
         name, flip = self._kind
         return f"{self.input_dim}, mask={name!r}" + (", flip=True" if flip else "")
-
-
-def _event_shape(input_dim: int | Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(input_dim) if isinstance(input_dim, Sequence) else (input_dim,)
-    if len(shape) not in (1, 3):
-        raise ValueError(f"input_dim: expected D or (C, H, W), got {input_dim!r}")
-    return tuple(check_positive("input_dim", size) for size in shape)
 
 
 def _mlp(in_dim: int, out_dim: int, hidden_dims: Sequence[int] | None, **options: Any) -> nn.Module:

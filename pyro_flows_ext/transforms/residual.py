@@ -23,7 +23,7 @@ from ..ops import (
     neumann_log_det,
     roulette_weights,
 )
-from ._constrain import IMAGE, check_event, check_positive
+from ._constrain import IMAGE, check_event, check_positive, read_event_shape
 from .base import FlowTransform
 from .conditional import ContextualFlow
 
@@ -117,11 +117,8 @@ class ResidualFlow(FlowTransform):
         context_dim: int = 0,
     ):
         super().__init__()
-        shape = (input_dim,) if isinstance(input_dim, int) else tuple(input_dim)
-        if len(shape) not in (1, 3):
-            raise ValueError(f"input_dim: expected D or (C, H, W), got {input_dim!r}")
-        self.event_shape = torch.Size(check_positive("input_dim", n) for n in shape)
-        self.input_dim = shape[0] if len(shape) == 1 else shape
+        self.event_shape = shape = read_event_shape(input_dim)
+        self.input_dim = shape[0] if len(shape) == 1 else tuple(shape)
         if num_exact_terms is not None:
             check_positive("num_exact_terms", num_exact_terms)
         if not 0 < continue_prob < 1:
