@@ -44,7 +44,7 @@ STUDIES = {"linear": linear, "padding": padding, "invertibility": invertibility}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller: a smoke test")
     parser.add_argument("--output", type=Path, default=Path("benchmark-output"))
     options = parser.parse_args()

@@ -1,7 +1,10 @@
-"""How good is a guide? Importance weights, conditioning, summaries, export to ArviZ, plots."""
+"""How good is a guide? Importance weights, evidence, gaps, calibration, conditioning, summaries, export to ArviZ, plots."""
 
 from . import plots
+from .ais import AISResult, annealed_importance_sampling, log_evidence_ais
+from .calibration import CalibrationResult, simulation_based_calibration
 from .export import save_netcdf, to_inference_data
+from .gaps import InferenceGaps, gaps
 from .importance import ImportanceResult, importance
 from .numerics import (
     LipschitzEstimate,
@@ -9,19 +12,28 @@ from .numerics import (
     lipschitz_estimate,
     round_trip_error,
 )
+from .plots_calibration import rank_histogram
 from .summary import ParameterSummary, flatten_samples, summary
 
 __all__ = [
+    "AISResult",
+    "CalibrationResult",
     "ImportanceResult",
+    "InferenceGaps",
     "LipschitzEstimate",
     "ParameterSummary",
+    "annealed_importance_sampling",
     "flatten_samples",
+    "gaps",
     "importance",
     "jacobian_condition_number",
     "lipschitz_estimate",
+    "log_evidence_ais",
     "plots",
+    "rank_histogram",
     "round_trip_error",
     "save_netcdf",
+    "simulation_based_calibration",
     "summary",
     "to_inference_data",
 ]

@@ -1,5 +1,6 @@
 """Flow guides: Pyro AutoGuides whose density is a normalizing flow."""
 
+from .amortized import AutoAmortizedFlow
 from .base import AutoFlow
 from .flows import (
     AutoIAF,
@@ -11,8 +12,11 @@ from .flows import (
     AutoResidual,
     AutoSylvester,
 )
+from .indexed import AutoCIF
 
 __all__ = [
+    "AutoAmortizedFlow",
+    "AutoCIF",
     "AutoFlow",
     "AutoIAF",
     "AutoMAF",

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
-from pyro.params.param_store import param_with_module_name
-from pyro.poutine.trace_struct import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.utils._pytree import tree_leaves
 
-from ..distributions._tensors import map_tensors
 from ..transforms import (
     ComposeFlow,
     ElementwiseAffine,
@@ -35,7 +28,9 @@ from ..transforms import (
     sylvester,
 )
 from ..transforms.affine import check_whitening
-from ..transforms.base import forget_param_store
+from ._latents import Image, Latent, check_continuous, check_inside, constrain, unconstrain
+from ._module import PortableGuide
+from ._prototype import argument_shapes, extent, slim
 from .initialization import init_to_median
 
 FlowFactory = Callable[[int], FlowTransform]
@@ -63,7 +58,7 @@ class GuideOptions(TypedDict, total=False):
     init_scale: float
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(PortableGuide, AutoContinuous):
     """A flow guide: latents = constrain(loc + L (m + s ⊙ flow(z))), z ~ N(0, I), exact density.
 
     `flow` maps the latent dimension D to a `FlowTransform`, or names one of `FLOWS`. An elementwise affine map (m, s) learns behind it, and a
@@ -74,6 +69,8 @@ class AutoFlow(AutoContinuous):
     latent under a subsampled plate, for arguments that change the shape of a latent, and when the parameter store
     already holds another guide's parameters under this one's names.
     """
+
+    exact_log_prob = True
 
     def __init__(
         self,
@@ -110,18 +107,26 @@ class AutoFlow(AutoContinuous):
             with torch.no_grad():  # a graph in the prototype could not be copied
                 self._learn_latents(*args, **kwargs)
                 loc = self._init_loc()
+                transform = self._make_transform(loc).to(dtype=loc.dtype, device=loc.device)
         except Exception:
             self.prototype_trace = None  # a failed setup leaves the guide as it was: not set up
             raise
-        self.prototype_trace = _slim(self._sites())
-        self._known_shapes = {_shapes(args, kwargs)}
+        self.prototype_trace = slim(self._sites())
+        self._known_shapes = {argument_shapes(args, kwargs)}
+        self.transform = transform
+        self._check_param_store()
+
+    def _make_transform(self, loc: Tensor) -> FlowTransform:
+        """What takes noise to the unconstrained latents, placed at `loc`."""
         flow = self._flow_factory(self.latent_dim) if self._flow_factory is not None else None
         if not isinstance(flow, FlowTransform):
             raise TypeError(f"flow: expected it to return a FlowTransform, got {flow!r}")
+        return ComposeFlow([flow, *self._placement(loc)])
+
+    def _placement(self, loc: Tensor) -> list[FlowTransform]:
+        """The affine maps behind the flow: a learnable one, and the whitening."""
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        parts = [flow, ElementwiseAffine(self.latent_dim), Whitening(loc, scale_tril)]
-        self.transform = ComposeFlow(parts).to(dtype=loc.dtype, device=loc.device)
-        self._check_param_store()
+        return [ElementwiseAffine(self.latent_dim), Whitening(loc, scale_tril)]
 
     def _learn_latents(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -129,12 +134,7 @@ class AutoFlow(AutoContinuous):
         except (NotImplementedError, ValueError) as error:
             if self.prototype_trace is not None:
                 for name, site in self._sites():
-                    if site["fn"].support.is_discrete:
-                        raise ValueError(
-                            f"latent {name!r} is discrete ({type(site['fn']).__name__}), and a flow is continuous: "
-                            "marginalise it with infer.config_enumerate and TraceEnum_ELBO, and give the guide "
-                            f"poutine.block(model, hide=[{name!r}])"
-                        ) from error
+                    check_continuous(name, site["fn"], error)
             raise
         for name, site in self._sites():
             for frame in site["cond_indep_stack"]:
@@ -142,14 +142,9 @@ class AutoFlow(AutoContinuous):
                     raise ValueError(
                         f"latent {name!r} is local to plate {frame.name!r}, which subsamples {frame.size} of "
                         f"{frame.full_size}: one flow over all latents would reuse the same {frame.size} values for "
-                        "every mini-batch. Use the full data, or a guide amortized over the data"
+                        "every mini-batch. Use AutoAmortizedFlow, which reads the latents of a datum off the datum, or the full data"
                     )
-            unconstrained = biject_to(site["fn"].support).inv(site["value"])
-            if not bool(unconstrained.isfinite().all()):
-                raise ValueError(
-                    f"latent {name!r}: init_loc_fn gave a value on the boundary of its support "
-                    f"({site['value']}); expected one inside"
-                )
+            check_inside(name, site["fn"].support, site["value"])
 
     @property
     def whitening(self) -> Whitening:
@@ -191,7 +186,8 @@ class AutoFlow(AutoContinuous):
         self._check_arguments(args, kwargs)
         if torch.is_grad_enabled():
             self._check_param_store()
-        return super().forward(*args, **kwargs)
+        with _Images():
+            return super().forward(*args, **kwargs)
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -206,36 +202,8 @@ class AutoFlow(AutoContinuous):
 
         For values from anywhere; -inf outside the support. Raises `ValueError` when the sites or shapes do not fit.
         """
-        sites = dict(self._sites())
-        if sites.keys() != samples.keys():
-            raise ValueError(f"samples: expected the sites {sorted(sites)}, got {sorted(samples)}")
-        parts, ladjs, inside = [], [], []
-        for name, site in sites.items():
-            value, shape = samples[name], site["value"].shape
-            cut = value.dim() - len(shape)
-            if cut < 0 or value.shape[cut:] != shape:
-                raise ValueError(
-                    f"samples[{name!r}]: expected shape (*, {', '.join(map(str, shape))}), "
-                    f"got {tuple(value.shape)}"
-                )
-            support = site["fn"].support
-            valid = support.check(value)
-            valid = valid.reshape((*value.shape[:cut], -1)).all(-1)
-            inside.append(valid)
-            # A value outside would make the gradient of its neighbours NaN: put one inside in its place.
-            safe = torch.where(valid.reshape(valid.shape + (1,) * len(shape)), value, site["value"])
-            constrain = biject_to(support)
-            unconstrained = constrain.inv(safe)
-            ladj = constrain.log_abs_det_jacobian(unconstrained, safe)
-            ladjs.append(sum_rightmost(ladj, ladj.dim() - cut))
-            parts.append(unconstrained.reshape((*value.shape[:cut], -1)))
-        if len({part.shape[:-1] for part in parts}) > 1:
-            raise ValueError(
-                "samples: expected the same leading shape for every site, got "
-                f"{ {name: tuple(value.shape) for name, value in samples.items()} }"
-            )
-        log_q = self.get_posterior().log_prob(torch.cat(parts, -1)) - sum(ladjs)
-        return torch.where(torch.stack(inside).all(0), log_q, -torch.inf)
+        latent, ladj, inside = self._unconstrain(samples)
+        return torch.where(inside, self.get_posterior().log_prob(latent) - ladj, -torch.inf)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -259,14 +227,25 @@ class AutoFlow(AutoContinuous):
         return list(self.prototype_trace.iter_stochastic_nodes())  # type: ignore[union-attr]
 
     def _constrain(self, latent: Tensor) -> list[tuple[str, Tensor]]:
-        """Splits `(N, D)` unconstrained into constrained sites `(N, *shape)`."""
-        values, position = [], 0
-        for name, site in self._sites():
-            shape = self._unconstrained_shapes[name]
-            part = latent[:, position : position + shape.numel()].reshape(-1, *shape)
-            values.append((name, biject_to(site["fn"].support)(part)))
-            position += shape.numel()
-        return values
+        """Splits `(*, D)` unconstrained into constrained sites `(*, *shape)`."""
+        return [(site.name, image.v) for site, image in constrain(latent, self._latents())]
+
+    def _unconstrain(self, samples: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The unconstrained latents `(*, D)`, log|det| of their map to `samples` `(*)`, and whether those are in the support."""
+        return unconstrain(samples, self._latents())
+
+    def _latents(self) -> list[Latent]:
+        return [
+            Latent(
+                name=name,
+                support=site["fn"].support,
+                event_dim=site["fn"].event_dim,
+                shape=site["value"].shape,
+                unconstrained_shape=self._unconstrained_shapes[name],
+                inside=site["value"],
+            )
+            for name, site in self._sites()
+        ]
 
     # --- what could go wrong in silence ---
 
@@ -278,7 +257,7 @@ class AutoFlow(AutoContinuous):
         """Arguments of new shapes must leave the latents' shapes alone; the model is run once to know."""
         if not self._prototype_frames or self.model is None or torch.jit.is_tracing():
             return
-        shapes = _shapes(args, kwargs)
+        shapes = argument_shapes(args, kwargs)
         if shapes in self._known_shapes or not (args or kwargs):
             return
         with torch.no_grad(), poutine.block():
@@ -286,7 +265,7 @@ class AutoFlow(AutoContinuous):
                 *args, **kwargs
             )
         for name, site in self._sites():
-            old, new = _extent(site, site), _extent(trace.nodes[name], site)
+            old, new = extent(site, site), extent(trace.nodes[name], site)
             if old != new:
                 raise ValueError(
                     f"latent {name!r} has size {new} for these arguments, but the guide was set up for {old}; "
@@ -294,59 +273,10 @@ class AutoFlow(AutoContinuous):
                 )
         self._known_shapes.add(shapes)
 
-    def _check_param_store(self) -> None:
-        """The store must not hold another object's parameters under our names: they would be trained, not ours."""
-        if pyro.settings.get("module_local_params"):
-            return
-        held = dict(pyro.get_param_store().named_parameters())
-        prefix = f"{self._pyro_name}.transform"
-        for name, parameter in self._modules["transform"].named_parameters():  # type: ignore[union-attr]
-            other = held.get(param_with_module_name(prefix, name))
-            if other is not None and other is not parameter:
-                raise ValueError(
-                    f"the parameter store already holds {self._pyro_name!r} parameters of another guide, and would "
-                    "train those in place of this one's: call pyro.clear_param_store() first, or keep them apart "
-                    "with `with pyro.get_param_store().scope():`"
-                )
 
-    # --- copies ---
+class _Images(Messenger):
+    """Has `TraceMeanField_ELBO` count the Jacobians that AutoContinuous keeps in its `Delta` sites: see `Image`."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own takes the model away from the original. Copies in a file go without model and flow factory,
-        # which may be local functions; they have their parameters and need neither.
-        forget_param_store(self)
-        state = dict(self.__dict__)
-        state.update(_model=(None,), master=None)
-        if self.prototype_trace is not None:
-            state["_flow_factory"] = None
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new.__dict__.update(_model=self._model, _flow_factory=self._flow_factory)
-        return new
-
-
-def _slim(sites: list[tuple[str, Any]]) -> Trace:
-    """A trace of these sites with their tensors detached: what a guide needs, and what a file can hold."""
-    slim = Trace()
-    for name, site in sites:
-        node = {**site, "args": (), "kwargs": {}, "infer": {}}
-        node["value"] = site["value"].detach().clone()
-        node["fn"] = map_tensors(site["fn"], lambda t: t.detach().clone())
-        slim.add_node(name, **node)
-    return slim
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    leaves = tree_leaves((args, sorted(kwargs.items())))
-    return tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
-
-
-def _extent(site: Mapping[str, Any], prototype: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Event shape and plate sizes, in the plates of the prototype (others, such as particles, may be around)."""
-    names = {frame.name for frame in prototype["cond_indep_stack"]}
-    plates = {f.name: f.size for f in site["cond_indep_stack"] if f.name in names}
-    return tuple(site["fn"].event_shape), tuple(sorted(plates.items()))
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]) is dist.Delta:
+            msg["fn"] = Image(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)

@@ -1,0 +1,57 @@
+"""Conditional flows by name, for amortized guides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pyro.distributions.conditional import ConditionalTransformModule
+
+from ..transforms import conditional_planar, conditional_sylvester, iaf, realnvp
+
+# (dimension of the latents, dimension of the context) -> a conditional transform.
+ConditionalFactory = Callable[[int, int], ConditionalTransformModule]
+
+# How many layers a named flow has unless told otherwise.
+NUM_TRANSFORMS = {"planar": 8, "sylvester": 4, "iaf": 2, "realnvp": 4}
+
+
+def conditional_flow(
+    flow: str | ConditionalFactory | None,
+    num_transforms: int | None,
+    hidden_dims: Sequence[int] | None,
+) -> ConditionalFactory | None:
+    """What makes a flow from (D, H): the one of that name, or the callable as it is."""
+    if flow is None or not isinstance(flow, str):
+        if flow is not None and not callable(flow):
+            raise TypeError(
+                f"flow: expected a name, None or a callable from (D, H) to a conditional transform, got {flow!r}"
+            )
+        if num_transforms is not None or hidden_dims is not None:
+            raise ValueError("num_transforms and hidden_dims go with a flow by name")
+        return flow
+    if flow not in NUM_TRANSFORMS:
+        raise ValueError(
+            f"flow: expected one of {', '.join(NUM_TRANSFORMS)}, or None; got {flow!r}"
+        )
+    if num_transforms is None:
+        num_transforms = NUM_TRANSFORMS[flow]
+    return partial(_flow, flow, num_transforms, hidden_dims)
+
+
+def _flow(
+    name: str, num_transforms: int, hidden_dims: Sequence[int] | None, dim: int, context_dim: int
+) -> ConditionalTransformModule:
+    if name in ("iaf", "realnvp"):
+        make = {"iaf": iaf, "realnvp": realnvp}[name]
+        return make(
+            dim, num_transforms=num_transforms, hidden_dims=hidden_dims, context_dim=context_dim
+        )
+    hidden_dims = () if hidden_dims is None else hidden_dims  # linear in the features
+    if name == "planar":
+        return conditional_planar(dim, context_dim, hidden_dims, num_transforms=num_transforms)
+    # Of the three kinds the one whose Q is smooth in the features: Gram-Schmidt's jumps where a matrix turns singular, as
+    # those of a curve of data do, and its gradient is infinite there.
+    return conditional_sylvester(
+        dim, context_dim, hidden_dims, kind="householder", num_transforms=num_transforms
+    )

@@ -1,0 +1,36 @@
+"""What a guide keeps of the run of its model that it was set up on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..distributions._tensors import map_tensors
+
+
+def slim(sites: list[tuple[str, Any]]) -> Trace:
+    """A trace of these sites with their tensors detached: what a guide needs, and what a file can hold."""
+    slim = Trace()
+    for name, site in sites:
+        node = {**site, "args": (), "kwargs": {}, "infer": {}}
+        node["value"] = site["value"].detach().clone()
+        node["fn"] = map_tensors(site["fn"], lambda t: t.detach().clone())
+        slim.add_node(name, **node)
+    return slim
+
+
+def argument_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The shapes of all tensors among the arguments, the types of everything else."""
+    leaves = tree_leaves((args, sorted(kwargs.items())))
+    return tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
+
+
+def extent(site: Mapping[str, Any], prototype: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Event shape and plate sizes, in the plates of the prototype (others, such as particles, may be around)."""
+    names = {frame.name for frame in prototype["cond_indep_stack"]}
+    plates = {f.name: f.size for f in site["cond_indep_stack"] if f.name in names}
+    return tuple(site["fn"].event_shape), tuple(sorted(plates.items()))

@@ -1,0 +1,302 @@
+"""`AutoAmortizedFlow`: a flow over the local latents of each datum, whose parameters a network reads off the datum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from ..transforms import ConditionalComposeFlow, ConditionalElementwiseAffine
+from ._conditional import ConditionalFactory, conditional_flow
+from ._data_plate import DataPlate, find_plate, indices_are_given
+from ._latents import constrain, unconstrain
+from ._local import check_same, read_latents
+from ._module import PortableGuide
+from ._prototype import argument_shapes, slim
+from .base import QUANTILE_DRAWS
+from .initialization import init_to_median
+
+# Numbers drawn at a time for quantiles: torch takes those of 16 million at most.
+CHUNK = 10_000_000
+
+
+class AutoAmortizedFlow(PortableGuide):
+    """A guide for the latents of each datum: z_n = constrain(m(h_n) + s(h_n) ⊙ flow(ε; h_n)), h_n = encoder(x_n), ε ~ N(0, I).
+
+    All latents of a datum, of whatever supports and shapes, have one joint density, exact. `encoder`: any module
+    `(N, *) -> (N, H)` that treats rows alone (batch normalisation in training mode does not); dtype and device follow its
+    output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf" or "realnvp", with `num_transforms` layers and
+    parameters that are linear in h (the first two) or come from networks that see h (`hidden_dims` for other networks); a
+    callable from (D, H) to a conditional transform; or None for a Gaussian. log s and m are linear in h. The guide starts at
+    the mean over the data of `init_loc_fn`'s points, with scale `init_scale` and hardly a flow, the same for every datum.
+
+    The plate: the one that all latents lie in (`plate` names it where there are several). Whether the model takes all
+    data, a `subsample_size`, a `subsample` by argument, or arguments that are a mini-batch, a datum has the same posterior.
+    For that the model runs up to its first latent at each call, to see how many data it takes, and which. Plates on the
+    right of it are within the datum. `poutine.scale` and `poutine.mask` around the latents in the model hold in the guide
+    too.
+
+    `encoder_inputs`: from the model's arguments to a tensor of rows x_n, by default the first tensor among them with as many
+    rows as the plate (of all data, or else of those taken), which later calls have to pass in the same way. Rows of all
+    data are indexed as the plate says; as many as are taken are encoded as they are.
+
+    A model with global latents hides them from this guide by `poutine.block`, and `AutoGuideList` joins it with a guide for
+    those. A list keeps the size of plates from its first call: for mini-batches by argument whose size changes, or a
+    `subsample` by argument, make it by `AutoGuideList(model, create_plates=guide.data_plate)`.
+
+    Parameters exist after `setup(*args)` or the first call. Raises `ValueError` for latents that are discrete, global, or
+    in different plates; for a support that differs between data or changes from run to run; for rows that fit neither
+    size; and for parameters of another guide in the parameter store.
+
+    Source: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows; van den Berg et al. 2018, Sylvester
+    Normalizing Flows for Variational Inference.
+    """
+
+    exact_log_prob = True
+    _until_set_up = ("_flow_factory", "_init_loc_fn")
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module,
+        *,
+        flow: str | ConditionalFactory | None = "planar",
+        num_transforms: int | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        encoder_inputs: Callable[..., Tensor] | None = None,
+        plate: str | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+    ):
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder: expected a torch.nn.Module, got {encoder!r}")
+        if encoder_inputs is not None and not callable(encoder_inputs):
+            raise TypeError(
+                f"encoder_inputs: expected a function of the model's arguments, got {encoder_inputs!r}"
+            )
+        if not 0 < init_scale < float("inf"):
+            raise ValueError(f"init_scale: expected a positive number, got {init_scale!r}")
+        super().__init__(model)
+        self._flow_factory = conditional_flow(flow, num_transforms, hidden_dims)
+        self._encoder_inputs, self._plate_name = encoder_inputs, plate
+        self._init_loc_fn, self._init_scale = init_loc_fn, init_scale
+        self._given: dict[Any, bool] = {}
+        self._key: int | str = 0
+        self.encoder = encoder
+
+    # --- setting up ---
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the model on these arguments to learn its local latents, and creates the parameters."""
+        self._setup_prototype(*args, **kwargs)
+
+    @torch.no_grad()  # a graph in the prototype could not be copied
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self.prototype_trace = None  # a failed setup leaves the guide not set up
+        trace = self._run_model(args, kwargs)
+        if self.master is not None:
+            self.master()._check_prototype(trace)
+        name, self._latents, loc = read_latents(trace, self._plate_name)
+        check_same(self._latents, read_latents(self._run_model(args, kwargs), name)[1])
+        self._given = {argument_shapes(args, kwargs): self._is_given(name, args, kwargs)}
+        self._plate = self._ask_model(name, args, kwargs)
+        if self._encoder_inputs is None:
+            self._key = self._plate.argument_with_rows(args, kwargs)
+        some = torch.arange(self._plate.size)
+        rows = self._plate.rows_of(self._select(args, kwargs), some)
+        features = self._features(rows)
+        loc, self.latent_dim = loc.to(features), len(loc)
+        parts: list[Any] = []
+        if self._flow_factory is not None:
+            parts.append(self._flow_factory(len(loc), features.shape[-1]))
+        affine = ConditionalElementwiseAffine(len(loc), features.shape[-1], hidden_dims=())
+        start: Any = affine.transform
+        start.loc.copy_(loc)
+        start.log_scale.fill_(math.log(self._init_scale))
+        self.transform = ConditionalComposeFlow([*parts, affine]).to(loc)
+        self._posterior(rows).sample()  # a flow of another dimension raises here
+        self.prototype_trace = slim(list(trace.iter_stochastic_nodes()))
+        self._check_param_store()
+
+    def _run_model(self, args: Any, kwargs: Any) -> Trace:
+        model = InitMessenger(self._init_loc_fn)(self.model)
+        with poutine.block():
+            return poutine.trace(poutine.block(model, prototype_hide_fn)).get_trace(*args, **kwargs)
+
+    # --- which data ---
+
+    def data_plate(self, *args: Any, **kwargs: Any) -> pyro.plate:
+        """The plate of the data that the model takes for these arguments: `AutoGuideList(model, create_plates=...)`."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self._find_plate(args, kwargs).open()
+
+    def _find_plate(self, args: Any, kwargs: Any) -> DataPlate:
+        """The data plate for these arguments; where their shapes are new, the latents must be those of the setup."""
+        known = self._plate
+        if self.model is None or torch.jit.is_tracing():
+            return self._plate_without_model(args, kwargs)
+        shapes = argument_shapes(args, kwargs)
+        if shapes not in self._given:
+            with torch.no_grad():
+                latents = read_latents(self._run_model(args, kwargs), known.name)[1]
+            check_same(self._latents, latents)
+            self._given[shapes] = self._is_given(known.name, args, kwargs)
+        return self._ask_model(known.name, args, kwargs)
+
+    def _plate_without_model(self, args: Any, kwargs: Any) -> DataPlate:
+        """The plate as it was, for a guide from a file, or one that is compiled."""
+        known = self._plate
+        if any(self._given.values()):
+            raise ValueError(
+                f"the arguments say which data plate {known.name!r} takes, and how, only the model knows, which is not in a "
+                "file, and not run while compiling: use sample_posterior and log_prob, or a guide with its model"
+            )
+        if known.size < known.full_size:
+            return known
+        size = len(self._select(args, kwargs))
+        return replace(known, size=size, full_size=size)
+
+    def _is_given(self, name: str, args: Any, kwargs: Any) -> bool:
+        return indices_are_given(self.model, self._latents[0], name, args, kwargs)
+
+    def _ask_model(self, name: str, args: Any, kwargs: Any) -> DataPlate:
+        given = self._given[argument_shapes(args, kwargs)]
+        return find_plate(self.model, self._latents[0], name, args, kwargs, given=given)
+
+    def _select(self, args: Any, kwargs: Any) -> Tensor:
+        """The tensor of rows among the arguments, indexed or not."""
+        if self._encoder_inputs is not None:
+            name, value = "encoder_inputs", self._encoder_inputs(*args, **kwargs)
+        else:
+            arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+            name, value = f"argument {self._key!r}", arguments.get(self._key)  # type: ignore[assignment]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise ValueError(
+                f"{name}: expected a tensor of rows to encode, as when the guide was set up, got {value!r}"
+            )
+        return value
+
+    # --- the posterior of a datum ---
+
+    def _features(self, rows: Tensor) -> Tensor:
+        features = self.encoder(rows)
+        if not isinstance(features, Tensor) or features.shape[:-1] != rows.shape[:1]:
+            got = tuple(features.shape) if isinstance(features, Tensor) else features
+            raise ValueError(
+                f"encoder: expected an output of shape ({len(rows)}, H), features by row, got {got}"
+            )
+        return features
+
+    def _posterior(self, rows: Tensor, dim: int = -1) -> dist.TransformedDistribution:
+        """The joint density of the unconstrained latents by row, with the rows at dimension `dim` of its batch shape."""
+        features = self._features(rows)
+        context = features.reshape(len(rows), *(1,) * (-dim - 1), -1)
+        zeros = context.new_zeros(*context.shape[:-1], self.latent_dim)
+        base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+        return dist.TransformedDistribution(base, self.transform.condition(context))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples the latents of the data that the model takes; the same arguments as the model's."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plate = self._find_plate(args, kwargs)
+        if torch.is_grad_enabled():
+            self._check_param_store()
+        plates = self._open_plates(plate)
+        index = torch.as_tensor(plates[plate.name].indices)
+        rows = plate.rows_of(self._select(args, kwargs), index)
+        posterior = self._posterior(rows, plate.dim)
+        result = {}
+        with plate.handlers(), plates[plate.name]:
+            name = f"_{self._pyro_name}_latent"
+            vector = pyro.sample(name, posterior, infer={"is_auxiliary": True})
+            # The dimensions on the right of the plate, all 1, go: a latent's own plates are in its shape.
+            vector = vector.reshape(*vector.shape[: plate.dim], -1)
+            for latent, image in constrain(vector, self._latents):
+                with ExitStack() as stack:
+                    for inner, _, _ in latent.inner:
+                        stack.enter_context(plates[inner])
+                    result[latent.name] = pyro.sample(latent.name, image)
+        return result
+
+    def _open_plates(self, plate: DataPlate) -> dict[str, pyro.plate]:
+        if self.master is None:
+            inner = {p for latent in self._latents for p in latent.inner}
+            plates = {name: pyro.plate(name, size, dim=dim) for name, size, dim in sorted(inner)}
+            return {**plates, plate.name: plate.open()}
+        plates = self.master().plates
+        if not plate.is_like(plates[plate.name]):
+            raise ValueError(
+                f"plate {plate.name!r} has other data in the model than in the AutoGuideList, which keeps its plates as they "
+                "first were: make it by AutoGuideList(model, create_plates=guide.data_plate), with this guide"
+            )
+        return plates  # type: ignore[no-any-return]
+
+    # --- what a user asks ---
+
+    @torch.no_grad()
+    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Constrained draws for every row of the arguments, any number of them: site -> `(num_samples, N, *shape)`.
+
+        Neither model nor plate has a part in it: the rows may be new data, of which there are more or fewer than before.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        vector = self._posterior(self._select(args, kwargs)).sample(torch.Size([num_samples]))
+        return {latent.name: image.v for latent, image in constrain(vector, self._latents)}
+
+    def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """log q(z_n | x_n), exact, in constrained space, for every row x_n: site -> `(*, N, *shape)` gives `(*, N)`.
+
+        For values from anywhere; -inf outside the support. Raises `ValueError` when sites, shapes or rows do not fit.
+        """
+        self._require_setup()
+        vector, ladj, inside = unconstrain(samples, self._latents)
+        rows = self._select(args, kwargs)
+        if ladj.shape[-1:] != rows.shape[:1]:
+            raise ValueError(
+                f"samples: expected values of shape (*, {len(rows)}, *), one for each row to encode, got the leading shape "
+                f"{tuple(ladj.shape)}"
+            )
+        posterior = self._posterior(rows)
+        return torch.where(inside, posterior.log_prob(vector) - ladj, -torch.inf)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The posterior median of each latent, elementwise, from 10,000 draws: site -> `(N, *shape)`."""
+        return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Posterior quantiles of each latent, elementwise, from 10,000 draws: site -> `(len(quantiles), N, *shape)`."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        size = max(1, CHUNK // (QUANTILE_DRAWS * self.latent_dim))
+        parts = []
+        for rows in self._select(args, kwargs).split(size):
+            vector = self._posterior(rows).sample((QUANTILE_DRAWS,))
+            parts.append(
+                {
+                    latent.name: image.v.quantile(torch.as_tensor(quantiles).to(image.v), dim=0)
+                    for latent, image in constrain(vector, self._latents)
+                }
+            )
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+    def _require_setup(self) -> None:
+        if self.prototype_trace is None:
+            raise ValueError("the guide has no parameters yet: call guide.setup(*args) first")
