@@ -34,29 +34,32 @@ from pyro_flows_ext.infer import ImportanceWeightedELBO, fit
 
 every_flow = pytest.mark.parametrize("flow", FLOWS.values(), ids=FLOWS)
 
-INDEX = torch.tensor([7, 0, 3])
+NUM_DATA = 1000
+INDEX = torch.arange(1, 151, 3).flip(0)  # 50 of them
 WAYS = {
     "all": (lambda x: x, {}),
     "mini-batch": (lambda x: x[INDEX], {}),
-    "drawn": (lambda x: x, {"size": 4}),
+    "drawn": (lambda x: x, {"size": 50}),
     "given": (lambda x: x, {"index": INDEX}),
-    "permuted": (lambda x: x, {"index": torch.arange(9).flip(0)}),
+    "permuted": (lambda x: x, {"index": torch.arange(NUM_DATA).flip(0)}),
 }
 
 
 @every_flow
 @pytest.mark.parametrize(("data", "kwargs"), WAYS.values(), ids=WAYS)
 def test_a_datum_has_the_same_posterior_in_every_batch(flow, data, kwargs):
-    x = simulate(9, torch.float64)
+    x = simulate(NUM_DATA, torch.float64)
     guide = perturbed(linear, x, flow=flow)
     trace = poutine.trace(guide).get_trace(data(x), **kwargs)
-    index = INDEX if data(x) is not x else trace.nodes["data"]["value"]
+    index = trace.nodes["data"]["value"]
+    assert torch.equal(index, kwargs.get("index", index))
+    index = INDEX if data(x) is not x else index
     trace.compute_log_prob()
     log_q = sum(
         trace.nodes[name]["unscaled_log_prob"] for name in ("_AutoAmortizedFlow_latent", "z")
     )
     # The density of the same values among all data.
-    z = torch.zeros(9, 2, dtype=x.dtype)
+    z = torch.zeros_like(x[:, :2])
     z[index] = trace.nodes["z"]["value"].detach()
     torch.testing.assert_close(guide.log_prob({"z": z}, x)[index], log_q, atol=1e-9, rtol=0)
     assert len(log_q.unique()) == len(index)
