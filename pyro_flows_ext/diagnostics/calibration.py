@@ -7,14 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from ..infer.particles import Program, _latents, _nesting, _sample_sites, why_not_vectorized
+from ..infer.particles import (
+    Program,
+    _latents,
+    _nesting,
+    _sample_sites,
+    in_particles,
+    why_not_vectorized,
+)
 from ..transforms._constrain import check_positive
 from .summary import flatten_samples
 
@@ -262,8 +268,7 @@ def _sampler(
             values = [{name: site["value"] for name, site in run} for run in runs]
             return {name: torch.stack([v[name] for v in values]) for name in values[0]}
         shapes = {n: s["value"].shape for n, s in _latents(_trace(guide, args, kwargs))}
-        plate = pyro.plate("num_particles_vectorized", num, dim=-nesting - 1)
-        trace = _trace(plate(guide), args, kwargs)
+        trace = _trace(in_particles(guide, num, nesting), args, kwargs)
         return {n: s["value"].reshape(num, *shapes[n]) for n, s in _latents(trace)}
 
     return draw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +15,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..infer.particles import Program, _nesting, _sample_sites, why_not_vectorized
+from ..infer.log_density import nan_to_zero_density, nonfinite_ignored, value_and_gradient
+from ..infer.particles import (
+    PARTICLES,
+    Program,
+    _nesting,
+    _sample_sites,
+    in_particles,
+    why_not_vectorized,
+)
 
 Site = Any  # of a trace
 
@@ -109,19 +116,11 @@ class LocalDensity:
         rest = [s for n, s in _sample_sites(trace) if n not in self.sites]
         prior = self.by_datum(latent, len(u)) + ladj
         joint = prior + self.by_datum(rest, len(u))
-        return _nan_to_zero_density(prior), _nan_to_zero_density(joint)
+        return nan_to_zero_density(prior), nan_to_zero_density(joint)
 
     def with_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, u) `(S, *data)` and its gradient `(S, *data, D)`; where one is not finite, -inf and 0."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            value = self(u)
-            (gradient,) = torch.autograd.grad(value.sum(), u)
-        finite = value.isfinite() & gradient.isfinite().all(-1)
-        return (
-            torch.where(finite, value.detach(), -torch.inf),
-            torch.where(finite.unsqueeze(-1), gradient, 0.0),
-        )
+        return value_and_gradient(self, u)
 
     @torch.no_grad()
     def draw_prior(self, num: int) -> Tensor:
@@ -144,14 +143,12 @@ class LocalDensity:
         values, ladj = self.constrain(u)
         trace = self._run(poutine.condition(self.on_these_data(guide), data=values), len(u))
         log_q = self.by_datum([site for _, site in _sample_sites(trace)], len(u)) + ladj
-        return _nan_to_zero_density(log_q)
+        return nan_to_zero_density(log_q)
 
     def _run(self, program: Program, num: int) -> Trace:
-        plate = pyro.plate("num_particles_vectorized", num, dim=-self.nesting - 1)
-        with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
-            # What has no density is told by its value.
-            warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
-            trace = poutine.trace(plate(program)).get_trace(*self.args, **self.kwargs)
+        program = in_particles(program, num, self.nesting)
+        with poutine.block(), pyro.validation_enabled(False), nonfinite_ignored():
+            trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
             trace.compute_log_prob()
         return trace
 
@@ -304,12 +301,8 @@ def _check_outside(density: LocalDensity, guide: Program) -> None:
 
 def _frames(site: Site) -> dict[str, Any]:
     frames = site["cond_indep_stack"]
-    return {f.name: f for f in frames if f.name != "num_particles_vectorized"}
+    return {f.name: f for f in frames if f.name != PARTICLES}
 
 
 def _has_no_density(site: Site) -> bool:
     return site_is_subsample(site) or bool(site["infer"].get("_deterministic"))
-
-
-def _nan_to_zero_density(value: Tensor) -> Tensor:
-    return torch.where(value.isnan(), -torch.inf, value)

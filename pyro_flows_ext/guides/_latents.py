@@ -44,8 +44,29 @@ def _kl_image(p: Image, q: dist.TorchDistribution) -> Tensor:
 AnyLatent = TypeVar("AnyLatent", bound=Latent)
 
 
+def read_latent(name: str, site: Mapping[str, Any]) -> Latent:
+    """The latent of a site in a trace of its model."""
+    fn, value = site["fn"], site["value"]
+    return Latent(
+        name=name,
+        support=fn.support,
+        event_dim=fn.event_dim,
+        shape=value.shape,
+        unconstrained_shape=biject_to(fn.support).inverse_shape(value.shape),
+        inside=value,
+    )
+
+
 def constrain(vector: Tensor, latents: Sequence[AnyLatent]) -> Iterator[tuple[AnyLatent, Image]]:
     """Takes vectors `(*, D)` apart: each latent, with its value `(*, *shape)` and what the map into its support adds to log q."""
+    for latent, value, ladj in unpack(vector, latents):
+        yield latent, Image(value, log_density=-ladj, event_dim=latent.event_dim)
+
+
+def unpack(
+    vector: Tensor, latents: Sequence[AnyLatent]
+) -> Iterator[tuple[AnyLatent, Tensor, Tensor]]:
+    """Takes vectors `(*, D)` apart: each latent, its value `(*, *shape)`, and log|det| of the map into its support."""
     position = 0
     for latent in latents:
         size = latent.unconstrained_shape.numel()
@@ -55,7 +76,7 @@ def constrain(vector: Tensor, latents: Sequence[AnyLatent]) -> Iterator[tuple[An
         value = transform(part)
         ladj = transform.log_abs_det_jacobian(part, value)
         ladj = sum_rightmost(ladj, ladj.dim() - value.dim() + latent.event_dim)
-        yield latent, Image(value, log_density=-ladj, event_dim=latent.event_dim)
+        yield latent, value, ladj
         position += size
 
 

@@ -6,8 +6,10 @@ import copy
 from typing import Any, ClassVar
 
 import pyro
+import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.params.param_store import param_with_module_name
+from torch import Tensor
 from typing_extensions import Self
 
 from ..transforms.base import forget_param_store
@@ -22,6 +24,11 @@ class PortableGuide(AutoGuide):
     """
 
     _until_set_up: ClassVar[tuple[str, ...]] = ("_flow_factory",)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The posterior median of each latent, elementwise, from 10,000 draws; shapes as in `quantiles`, less the first."""
+        return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
 
     def _check_param_store(self) -> None:
         """The store must not hold another object's parameters under our names: they would be trained, not ours."""

@@ -274,11 +274,6 @@ class AutoAmortizedFlow(PortableGuide):
         return torch.where(inside, posterior.log_prob(vector) - ladj, -torch.inf)
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The posterior median of each latent, elementwise, from 10,000 draws: site -> `(N, *shape)`."""
-        return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:

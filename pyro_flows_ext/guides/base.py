@@ -28,7 +28,15 @@ from ..transforms import (
     sylvester,
 )
 from ..transforms.affine import check_whitening
-from ._latents import Image, Latent, check_continuous, check_inside, constrain, unconstrain
+from ._latents import (
+    Image,
+    Latent,
+    check_continuous,
+    check_inside,
+    constrain,
+    read_latent,
+    unconstrain,
+)
 from ._module import PortableGuide
 from ._prototype import argument_shapes, extent, slim
 from .initialization import init_to_median
@@ -206,11 +214,6 @@ class AutoFlow(PortableGuide, AutoContinuous):
         return torch.where(inside, self.get_posterior().log_prob(latent) - ladj, -torch.inf)
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The posterior median of each latent, elementwise, from 10,000 draws."""
-        return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -235,17 +238,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
         return unconstrain(samples, self._latents())
 
     def _latents(self) -> list[Latent]:
-        return [
-            Latent(
-                name=name,
-                support=site["fn"].support,
-                event_dim=site["fn"].event_dim,
-                shape=site["value"].shape,
-                unconstrained_shape=self._unconstrained_shapes[name],
-                inside=site["value"],
-            )
-            for name, site in self._sites()
-        ]
+        return [read_latent(name, site) for name, site in self._sites()]
 
     # --- what could go wrong in silence ---
 

@@ -57,9 +57,9 @@ def fit_gaussian(
 ) -> Gaussian:
     """The Gaussian that maximises the ELBO, by Adam from `start`, in whose whitened coordinates it moves.
 
-    `full_rank=False` trains a diagonal scale in those coordinates; `initial_scale` is where the diagonal begins. The entropy's parameters are held fixed in log q
-    (Roeder, Wu & Duvenaud 2017, Sticking the Landing), so that the noise of the gradient dies out where the target
-    is Gaussian. Particles of no density are left out of a step. Source: Kucukelbir et al. 2017, Automatic
+    `full_rank=False` trains a diagonal scale in those coordinates; `initial_scale` is where the diagonal begins. The
+    parameters are held fixed in log q (Roeder, Wu & Duvenaud 2017, Sticking the Landing), so that the noise of the gradient
+    dies out where the target is Gaussian. Particles of no density are left out of a step. Source: Kucukelbir et al. 2017, Automatic
     Differentiation Variational Inference.
     """
     D = len(start.loc)

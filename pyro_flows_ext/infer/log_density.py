@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -12,9 +13,9 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
-from .particles import Program, _nesting, _sample_sites, log_prob_by_particle
+from ..guides._latents import Latent, read_latent, unpack
+from .particles import Program, _nesting, _sample_sites, in_particles, log_prob_by_particle
 
 
 class LogDensity:
@@ -36,9 +37,9 @@ class LogDensity:
     ):
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
         self.vectorized = vectorized
-        self._sites = list(sites)
+        self._latents = [read_latent(name, site) for name, site in sites]
         with torch.no_grad(), poutine.block():
-            values = {name: site["value"] for name, site in self._sites}
+            values = {latent.name: latent.inside for latent in self._latents}
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **self.kwargs)
         self._nesting = _nesting(trace)
         subsamples = [site for _, site in _sample_sites(trace) if site_is_subsample(site)]
@@ -47,7 +48,7 @@ class LogDensity:
     @property
     def dim(self) -> int:
         """D."""
-        return sum(self._unconstrained(site).numel() for _, site in self._sites)
+        return sum(latent.unconstrained_shape.numel() for latent in self._latents)
 
     def __call__(self, u: Tensor) -> Tensor:
         if not self.vectorized and len(u) > 1:
@@ -55,30 +56,20 @@ class LogDensity:
         values, ladj = self.constrain(u)
         num, model = len(u), self.model
         if self.vectorized:
-            model = pyro.plate("num_particles_vectorized", num, dim=-self._nesting - 1)(model)
-            values = {name: self._beside_plates(name, v) for name, v in values.items()}
+            model = in_particles(model, num, self._nesting)
+            values = {x.name: self._beside_plates(x, values[x.name]) for x in self._latents}
         else:
             values = {name: value[0] for name, value in values.items()}
-        with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
-            # What has no density is told by its value.
-            warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
+        with poutine.block(), pyro.validation_enabled(False), nonfinite_ignored():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(
                 *self.args, **self.kwargs
             )
             log_joint = log_prob_by_particle(trace, num) + ladj
-        return torch.where(log_joint.isnan(), -torch.inf, log_joint)
+        return nan_to_zero_density(log_joint)
 
     def with_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The log-density `(N)` and its gradient `(N, D)`; where one is not finite, -inf and 0."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            value = self(u)
-            (gradient,) = torch.autograd.grad(value.sum(), u)
-        finite = value.isfinite() & gradient.isfinite().all(-1)
-        return (
-            torch.where(finite, value.detach(), -torch.inf),
-            torch.where(finite.unsqueeze(-1), gradient, 0.0),
-        )
+        return value_and_gradient(self, u)
 
     def hessian(self, u: Tensor) -> Tensor:
         """The second derivatives `(D, D)` at one u `(D)`, in one pass of D copies."""
@@ -90,22 +81,39 @@ class LogDensity:
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The latents T(u), site -> `(N, *shape)`, and log|det T'(u)| `(N)`."""
-        values, ladjs, position = {}, [], 0
-        for name, site in self._sites:
-            shape, T = self._unconstrained(site), biject_to(site["fn"].support)
-            part = u[:, position : position + shape.numel()].reshape(-1, *shape)
-            position += shape.numel()
-            values[name] = T(part)
-            ladj = T.log_abs_det_jacobian(part, values[name])
+        values, ladjs = {}, []
+        for latent, value, ladj in unpack(u, self._latents):
+            values[latent.name] = value
             ladjs.append(sum_rightmost(ladj, ladj.dim() - 1))
         return values, torch.stack(ladjs).sum(0)
 
-    @staticmethod
-    def _unconstrained(site: Mapping[str, Any]) -> torch.Size:
-        return biject_to(site["fn"].support).inverse_shape(site["value"].shape)
-
-    def _beside_plates(self, name: str, value: Tensor) -> Tensor:
+    def _beside_plates(self, latent: Latent, value: Tensor) -> Tensor:
         """A batch of values with its first dimension left of all plates."""
-        site = dict(self._sites)[name]
-        gap = self._nesting - (site["value"].dim() - site["fn"].event_dim)
+        gap = self._nesting - (len(latent.shape) - latent.event_dim)
         return value.reshape(value.shape[0], *[1] * gap, *value.shape[1:])
+
+
+def value_and_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """A log-density `(*)` at u `(*, D)` and its gradient `(*, D)`, detached; where one is not finite, -inf and 0."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        value = log_density(u)
+        (gradient,) = torch.autograd.grad(value.sum(), u)
+    finite = value.isfinite() & gradient.isfinite().all(-1)
+    return (
+        torch.where(finite, value.detach(), -torch.inf),
+        torch.where(finite.unsqueeze(-1), gradient, 0.0),
+    )
+
+
+def nan_to_zero_density(log_density: Tensor) -> Tensor:
+    """-inf in place of NaN."""
+    return torch.where(log_density.isnan(), -torch.inf, log_density)
+
+
+@contextmanager
+def nonfinite_ignored() -> Iterator[None]:
+    """Without Pyro's warnings of log-densities that are not finite: for callers who look at the values."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
+        yield

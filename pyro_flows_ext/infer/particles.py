@@ -17,6 +17,9 @@ from torch import Tensor
 
 Program = Callable[..., Any]
 
+# The plate of particles that run at once, under the name that Pyro's own bounds give theirs.
+PARTICLES = "num_particles_vectorized"
+
 
 @dataclass(frozen=True)
 class Particles:
@@ -133,15 +136,18 @@ def _traces(
     """The model trace, replayed against the guide trace; with `num_particles`, in a plate left of all others."""
 
     def wrap(program: Program) -> Program:
-        if num_particles is None:
-            return program
-        return pyro.plate("num_particles_vectorized", num_particles, dim=-nesting - 1)(program)
+        return program if num_particles is None else in_particles(program, num_particles, nesting)
 
     with poutine.block():
         guide_trace = poutine.trace(wrap(guide)).get_trace(*args, **kwargs)
         replayed = poutine.replay(wrap(model), trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return model_trace, guide_trace
+
+
+def in_particles(program: Program, num: int, nesting: int) -> Program:
+    """The program in a plate of `num` particles, left of its own `nesting` dimensions of plates."""
+    return pyro.plate(PARTICLES, num, dim=-nesting - 1)(program)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

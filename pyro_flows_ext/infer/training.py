@@ -19,6 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..guides import AutoFlow
+from .log_density import nonfinite_ignored
 from .particles import Program, plate_nesting, why_not_vectorized
 from .warm_start import WarmStart
 from .warm_start import warm_start as find_warm_start
@@ -307,8 +308,7 @@ def _quietly(first: bool) -> Iterator[None]:
 
     Its warning of a loss that is not finite is left out, since such steps are skipped and counted.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
+    with nonfinite_ignored():
         if first:
             yield
         else:

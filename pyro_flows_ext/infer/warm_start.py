@@ -44,9 +44,9 @@ def warm_start(
 ) -> WarmStart:
     """Finds a Gaussian near the posterior and whitens `guide` with it, so that the flow trains on what is left.
 
-    Candidates are the guide's start as it is; a short mean-field run; the Laplace approximation at every mode that
-    four L-BFGS runs find (one where the model does not vectorise), and the best Gaussian along each run (Pathfinder); then a short run with a full-rank scale
-    (a diagonal one above 150 latents) in the coordinates of the best so far. The highest ELBO wins. No single one does
+    Candidates are the guide's start as it is; a short mean-field run; the Laplace approximation at every mode that four
+    L-BFGS runs find (one where the model does not vectorise), and the best Gaussian along each run (Pathfinder); then a
+    short run with a full-rank scale (a diagonal one above 150 latents) in the coordinates of the best so far. The highest ELBO wins. No single one does
     everywhere: modes of funnels lie where there is no mass, and gradient runs do not reach badly scaled posteriors.
 
     Sets the guide up where it is not. Under a subsampled plate, where the log joint is random, only the gradient runs

@@ -15,6 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .particles import PARTICLES
 from .path_gradients import is_delta
 
 Plate = tuple[str, int | None]  # name and dimension; None for a plate that is a loop
@@ -164,7 +165,7 @@ def _term(site: dict[str, Any], sign: int, cut: Collection[str], dims: int) -> _
             f"site {site['name']!r} has batch shape {tuple(value.shape)}, more dimensions than there are plates; "
             "declare every batch dimension by pyro.plate, or make it an event dimension by .to_event"
         )
-    frames = [f for f in site["cond_indep_stack"] if f.name != "num_particles_vectorized"]
+    frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLES]
     is_latent = sign < 0 and not site["is_observed"]
     return _Term(
         site=site,

@@ -91,13 +91,7 @@ class Autoregressive(FlowTransform):
 
     def _conditioner(self) -> Callable[[Tensor], Tensor]:
         """The network as a function of x alone."""
-        if not self.context_dim:
-            return self.net.bind()
-        if self.context is None:
-            raise ValueError(
-                f"{type(self).__name__}: built with context_dim={self.context_dim}; call condition(context) first"
-            )
-        return self.net.bind(self.context)
+        return self.net.bind(self._read_context())
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}"

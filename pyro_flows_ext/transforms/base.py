@@ -37,6 +37,7 @@ class FlowTransform(TransformModule):
     codomain = constraints.real_vector
     bijective = True
     batch_shape = torch.Size()
+    context_dim = 0  # of the context that its networks take
     context: Tensor | None = None
 
     def __init__(self) -> None:
@@ -148,6 +149,16 @@ class FlowTransform(TransformModule):
         view = self._view(context.shape[:-1], context)
         view.__dict__["context"] = context
         return view
+
+    def _read_context(self) -> Tensor | None:
+        """The context for the networks: None where they take none; `ValueError` where one is missing."""
+        if not self.context_dim:
+            return None
+        if self.context is None:
+            raise ValueError(
+                f"{type(self).__name__}: built with context_dim={self.context_dim}; call condition(context) first"
+            )
+        return self.context
 
     def _view(self, batch_shape: torch.Size, *bound: Tensor) -> Self:
         """A shallow copy over the same parameters that depends on the `bound` tensors too."""

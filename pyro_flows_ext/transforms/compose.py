@@ -17,7 +17,26 @@ from .base import FlowTransform
 from .conditional import ConditionalModule
 
 
-class ComposeFlow(FlowTransform):
+class _Chain:
+    """Parts that are reached by `len`, iteration and indexing, and listed by `repr`."""
+
+    parts: nn.ModuleList
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.parts)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.parts[index]
+
+    def __repr__(self) -> str:
+        lines = [f"  ({i}): {part!r}".replace("\n", "\n  ") for i, part in enumerate(self)]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
+
+class ComposeFlow(_Chain, FlowTransform):
     """y = f_K(... f_1(x)), with the log-dets added up: several transforms as one.
 
     Unlike `ComposeTransformModule` it gives the value and the log-det of the whole chain in one pass, in either
@@ -106,20 +125,8 @@ class ComposeFlow(FlowTransform):
         # By part: what a part is bound to is no parameter of anything.
         return [t for part in self for t in part._state()]
 
-    def __len__(self) -> int:
-        return len(self.parts)
 
-    def __iter__(self) -> Iterator[FlowTransform]:
-        return iter(self.parts)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> FlowTransform:
-        return self.parts[index]  # type: ignore[return-value]
-
-    def __repr__(self) -> str:
-        return _listing(self, self)
-
-
-class ConditionalComposeFlow(ConditionalModule):
+class ConditionalComposeFlow(_Chain, ConditionalModule):
     """x -> f_K(... f_1(x; c) ...; c): several transforms as one, of which some depend on a context.
 
     `parts` are `FlowTransform`s and conditional transforms, in the order in which they apply. `condition(context)` with
@@ -145,18 +152,6 @@ class ConditionalComposeFlow(ConditionalModule):
     def condition(self, context: Tensor) -> ComposeFlow:
         """The transform for this context: `(*, C)` -> a `ComposeFlow` of batch shape `(*)`."""
         return ComposeFlow([at_context(part, context) for part in self])
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[FlowTransform | ConditionalTransformModule]:
-        return iter(self.parts)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> FlowTransform | ConditionalTransformModule:
-        return self.parts[index]  # type: ignore[return-value]
-
-    def __repr__(self) -> str:
-        return _listing(self, self)
 
 
 def reads_context(part: FlowTransform | ConditionalTransformModule) -> bool:
@@ -194,8 +189,3 @@ def _outer_dims(parts: Sequence[FlowTransform]) -> list[int]:
 
 def _widened(constraint: Any, outer: int) -> Any:
     return constraints.independent(constraint, outer) if outer else constraint
-
-
-def _listing(module: nn.Module, parts: Any) -> str:
-    lines = [f"  ({i}): {part!r}".replace("\n", "\n  ") for i, part in enumerate(parts)]
-    return "\n".join([f"{type(module).__name__}(", *lines, ")"])

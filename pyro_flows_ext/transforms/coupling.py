@@ -114,14 +114,9 @@ class Coupling(FlowTransform):
 
     def _couple(self, name: str, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         check_event(name, x, self.event_shape)
-        if self.context_dim:
-            if self.context is None:
-                raise ValueError(
-                    f"{type(self).__name__}: built with context_dim={self.context_dim}; "
-                    "call condition(context) first"
-                )
+        if (context := self._read_context()) is not None:
             batch = x.shape[: -len(self.event_shape)]
-            batch = torch.broadcast_shapes(batch, self.context.shape[:-1])
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
             x = x.expand(*batch, *self.event_shape)
         split = self.split
         seen, value = split.split(x)

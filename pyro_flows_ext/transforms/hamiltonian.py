@@ -141,13 +141,8 @@ class Leapfrog(FlowTransform):
         check_event(name, x, self.input_dim)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         context: tuple[Tensor, ...] = ()
-        if self.context_dim:
-            if self.context is None:
-                raise ValueError(
-                    f"{type(self).__name__}: built with context_dim={self.context_dim}; "
-                    "call condition(context) first"
-                )
-            context = (self.context.expand(*batch, -1),)
+        if (given := self._read_context()) is not None:
+            context = (given.expand(*batch, -1),)
 
         def energy(z: Tensor) -> Tensor:
             value = self.potential(z, *context)

@@ -171,12 +171,7 @@ class ResidualFlow(FlowTransform):
     def _bind(self, name: str, x: Tensor) -> tuple[Linearizable, Tensor]:
         """g as a function of x alone, and x with the batch dimensions of the context."""
         check_event(name, x, self.event_shape)
-        context = self.context if self.context_dim else None
-        if self.context_dim and context is None:
-            raise ValueError(
-                f"{type(self).__name__}: built with context_dim={self.context_dim}; call condition(context) first"
-            )
-        if context is not None:
+        if (context := self._read_context()) is not None:
             x = x.expand(self.forward_shape(x.shape))
         if hasattr(self.net, "bind"):
             return self.net.bind(context), x  # type: ignore[operator]
