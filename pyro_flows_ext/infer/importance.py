@@ -27,7 +27,8 @@ GRADIENTS = ("iwae", "stl", "dreg")
 class ImportanceWeightedELBO(ELBO):
     """Lower bound: Σ_n s_n E log 1/K Σ_k w_nk, w_nk = p(x_n, z_nk) / q(z_nk), K = `num_particles`; nats.
 
-    K = 1 is the ELBO; the bound grows with K towards log p(x). The data n are those of the plates that every latent of
+    K = 1 is the ELBO; the bound grows with K towards log p(x). It is averaged over `num_bounds` B of them, B K draws in all:
+    less noise, the same bound. The data n are those of the plates that every latent of
     model and guide lies in, auxiliary ones included: each has weights of its own, and what scales it (a subsampled plate,
     `poutine.scale`) stays outside the logarithm as s_n. Where the latents have no plate in common there is one weight for
     everything. What lies outside of those plates and depends on no draw is added. Plates are taken at their word: what is
@@ -59,9 +60,11 @@ class ImportanceWeightedELBO(ELBO):
         gradient: str = "iwae",
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool = True,
+        num_bounds: int = 1,
     ):
-        if int(num_particles) != num_particles or num_particles < 1:
-            raise ValueError(f"num_particles: expected a positive integer, got {num_particles!r}")
+        for name, value in (("num_particles", num_particles), ("num_bounds", num_bounds)):
+            if int(value) != value or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}; got {gradient!r}")
         if gradient == "stl" and num_particles > 1:
@@ -70,8 +73,9 @@ class ImportanceWeightedELBO(ELBO):
                 'for one particle only. Use "dreg", which is unbiased, or one particle',
                 stacklevel=2,
             )
+        self.num_bounds = int(num_bounds)
         super().__init__(
-            num_particles=int(num_particles),
+            num_particles=self.num_bounds * int(num_particles),  # Pyro's word for all draws
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
@@ -137,7 +141,8 @@ class ImportanceWeightedELBO(ELBO):
         return importance_weights(
             traces,
             cut,
-            self.num_particles,
+            self.num_bounds,
+            self.num_particles // self.num_bounds,
             int(self.max_plate_nesting) if vectorized else None,
         )
 

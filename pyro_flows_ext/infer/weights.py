@@ -27,10 +27,10 @@ TEMPERATURE = "_inverse_temperature"
 
 @dataclass(frozen=True)
 class Weights:
-    """log w_k by datum, in groups (one group, or one a turn of a sequential plate), and what lies outside.
+    """log w_bk by datum, in groups (one group, or one a turn of a sequential plate), and what lies outside.
 
-    Of each group: `log_w` and, without log q of the draws that were cut, `rest`: `(K, *data)`; `scale`: broadcasts
-    to `(*data)`.
+    Of each group: `log_w` and, without log q of the draws that were cut, `rest`: `(B, K, *data)` for B bounds of K
+    particles; `scale`: broadcasts to `(*data)`.
     """
 
     log_w: list[Tensor]
@@ -40,10 +40,11 @@ class Weights:
 
     @property
     def bound(self) -> Tensor:
-        """Σ_n s_n log 1/K Σ_k w_nk, and what lies outside."""
+        """Σ_n s_n log 1/K Σ_k w_nk, its mean over the bounds, and what lies outside."""
         bound = self.outside
         for log_w, scale in zip(self.log_w, self.scale, strict=True):
-            bound = bound + (scale * (log_w.logsumexp(0) - math.log(len(log_w)))).sum()
+            values = log_w.logsumexp(1) - math.log(log_w.shape[1])
+            bound = bound + (scale * values.mean(0)).sum()
         return bound
 
     def through_draws(self, power: int) -> Tensor:
@@ -57,8 +58,8 @@ class Weights:
     def _weighted(self, values: list[Tensor], power: int) -> Tensor:
         total = torch.zeros_like(self.outside)
         for log_w, value, scale in zip(self.log_w, values, self.scale, strict=True):
-            weight = log_w.detach().softmax(0) ** power
-            total = total + (scale * (weight * value).sum(0)).sum()
+            weight = log_w.detach().softmax(1) ** power
+            total = total + (scale * (weight * value).sum(1).mean(0)).sum()
         return total
 
 
@@ -118,10 +119,11 @@ def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
 def importance_weights(
     traces: Sequence[tuple[Trace, Trace]],
     cut: Collection[str],
+    num_bounds: int,
     num_particles: int,
     nesting: int | None,
 ) -> Weights:
-    """The weights of `num_particles` draws: a pair of traces (model, guide) for each, or one pair for all.
+    """The weights of B = `num_bounds` times K = `num_particles` draws: a pair of traces (model, guide) for each, or one for all.
 
     `nesting`: with all particles in one pair, the number of plate dimensions, theirs included. `cut`: the draws of the
     guide whose log q `rest` leaves out. Raises `ValueError` for more than one particle where scales differ inside a
@@ -139,11 +141,12 @@ def importance_weights(
         for pair in traces
     ]
     if num_particles == 1:  # no mean inside a logarithm, so scales may be anywhere
-        zero = runs[0][0].value.new_zeros(1)
-        rest = sum(((t.scale * t.value).sum() for t in runs[0] if not t.is_cut), start=zero)
-        log_w = sum(((t.scale * t.value).sum() for t in runs[0] if t.is_cut), start=rest)
-        return Weights([log_w], [rest], [1.0], zero[0])
-    return _grouped(runs, _data_plates(runs), num_particles)
+        zero = runs[0][0].value.new_zeros(())
+        every = [t for run in runs for t in run]
+        rest = sum((_mean(t) for t in every if not t.is_cut), start=zero) / len(runs)
+        log_w = sum((_mean(t) for t in every if t.is_cut), start=zero) / len(runs) + rest
+        return Weights([log_w.reshape(1, 1)], [rest.reshape(1, 1)], [1.0], zero)
+    return _grouped(runs, _data_plates(runs), num_bounds, num_particles)
 
 
 def _sites(trace: Trace) -> list[dict[str, Any]]:
@@ -221,8 +224,16 @@ def _eps(value: Tensor) -> float:
     return torch.finfo(value.dtype).eps
 
 
+def _mean(term: _Term) -> Tensor:
+    """A term with its scale, its mean over the draws."""
+    return (term.scale * term.value).sum() / len(term.value)
+
+
 def _grouped(
-    runs: list[list[_Term]], plates: frozenset[Plate] | None, num_particles: int
+    runs: list[list[_Term]],
+    plates: frozenset[Plate] | None,
+    num_bounds: int,
+    num_particles: int,
 ) -> Weights:
     """Terms within `plates` added up by datum, all others in one sum, with its mean over particles."""
     outside = runs[0][0].value.new_zeros(())
@@ -232,22 +243,22 @@ def _grouped(
             if plates is not None and plates <= term.plates:
                 inside[term.turns(plates)][i].append(term)
             else:
-                mean = (term.scale * term.value).sum() / len(term.value)
-                outside = outside + mean / len(runs)
+                outside = outside + _mean(term) / len(runs)
     weights = Weights([], [], [], outside)
     for group in inside.values():
         scale = _common_scale([t for terms in group for t in terms])
-        log_w = _stack(group, plates or (), num_particles)
+        shape = (num_bounds, num_particles)
+        log_w = _stack(group, plates or (), shape)
         rest = log_w
         if any(t.is_cut for terms in group for t in terms):
             kept = [[t for t in terms if not t.is_cut] for terms in group]
-            rest = _stack(kept, plates or (), num_particles)
+            rest = _stack(kept, plates or (), shape)
         if isinstance(scale, Tensor) and (
-            torch.broadcast_shapes(scale.shape, log_w.shape[1:]) != log_w.shape[1:]
+            torch.broadcast_shapes(scale.shape, log_w.shape[2:]) != log_w.shape[2:]
         ):
             raise ValueError(
                 f"scale of shape {tuple(scale.shape)} differs within a datum: the data with weights of their own have "
-                f"shape {tuple(log_w.shape[1:])}. Use num_particles=1, or one scale a datum"
+                f"shape {tuple(log_w.shape[2:])}. Use num_particles=1, or one scale a datum"
             )
         weights.log_w.append(log_w)
         weights.rest.append(rest)
@@ -255,13 +266,14 @@ def _grouped(
     return weights
 
 
-def _stack(group: list[list[_Term]], plates: Collection[Plate], num_particles: int) -> Tensor:
-    """The sum of the terms of each run, by datum, with the particles in front: `(K, *data)`."""
+def _stack(group: list[list[_Term]], plates: Collection[Plate], shape: tuple[int, int]) -> Tensor:
+    """The sum of the terms of each run, by datum, with bounds and particles in front: `(B, K, *data)`."""
     some = next(t.value for terms in group for t in terms)
     zero = some.new_zeros((1,) * some.dim())
     sums = [sum((t.by_datum(plates) for t in terms), start=zero) for terms in group]
     stacked = torch.cat(torch.broadcast_tensors(*sums)) if len(sums) > 1 else sums[0]
-    return stacked.expand(num_particles, *stacked.shape[1:])
+    data = stacked.shape[1:]
+    return stacked.expand(math.prod(shape), *data).reshape(*shape, *data)
 
 
 def _common_scale(terms: list[_Term]) -> Scale:

@@ -152,6 +152,22 @@ def test_gradients_by_hand_wherever_the_parameters_are(monkeypatch, where, gradi
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at-once", "loop"])
+@pytest.mark.parametrize("num_particles", [1, 4], ids=["K=1", "K=4"])
+@pytest.mark.parametrize("gradient", ["iwae", "stl", "dreg"])
+def test_several_bounds_are_averaged(monkeypatch, gradient, num_particles, at_once):
+    eps = torch.randn(3, num_particles, 6)
+    single = [expected(e, gradient) for e in eps]
+    Noise(eps.reshape(1, -1, 6)).use(monkeypatch)
+    elbo = elbo_of(num_particles, gradient, num_bounds=3, vectorize_particles=at_once)
+    loss, grads = gradients(elbo, model, in_the_store(START), X)
+    assert loss == pytest.approx(sum(value for value, _ in single) / 3, rel=1e-5)
+    assert grads.keys() == single[0][1].keys()
+    for name, grad in grads.items():
+        by_hand = torch.stack([by_name[name] for _, by_name in single]).mean(0)
+        torch.testing.assert_close(grad, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at-once", "loop"])
 @pytest.mark.parametrize("gradient", ["stl", "dreg"])
 def test_draws_that_depend_on_draws(monkeypatch, gradient, at_once):
     """q(u) q(v | u) q(z | u, v): the gradient goes back through all of them, once."""

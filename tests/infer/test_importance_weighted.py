@@ -45,6 +45,18 @@ def test_a_subsample_is_scaled_outside_of_the_logarithm(size, num_particles, at_
     assert -loss == pytest.approx(6 / size * log_mean_exp(log_w).sum().item(), rel=1e-5)
 
 
+def test_bounds_of_one_particle_are_the_elbo_whatever_the_scales():
+    elbo = ImportanceWeightedELBO(1, num_bounds=5)
+    pyros = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+    with pyro.validation_enabled(False):  # the runs that find the plates would take draws
+        elbo.loss(subsampled, subsampled_guide)
+        losses = []
+        for loss in (elbo.loss, pyros.loss):
+            pyro.set_rng_seed(0)
+            losses.append(loss(subsampled, subsampled_guide))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_lower_bound_that_rises_to_the_evidence():
     x = X.repeat(50)
     evidence = log_normal(x, 0.0, 2**0.5).sum().item()
