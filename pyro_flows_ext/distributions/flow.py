@@ -1,0 +1,177 @@
+"""`FlowDistribution`: a flow over any base, as a Pyro distribution that is a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.util import sum_rightmost
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+from typing_extensions import Self
+
+from ..transforms import ComposeFlow, ConditionalComposeFlow, FlowTransform
+from ..transforms.compose import at_context, reads_context
+from ._tensors import map_tensors
+from .base import Density
+
+Part = FlowTransform | ConditionalTransformModule
+
+
+class FlowDistribution(Density):
+    """x = f(z), z ~ base: log p(x) = log p_base(f⁻¹(x)) + log|det Df⁻¹(x)|, exact.
+
+    `base`: any distribution with fixed parameters, whose rightmost batch dimensions become event dimensions where the
+    transform acts on them; or a module whose `forward()` returns one, for a base that learns. `transforms`: a
+    `FlowTransform`, a conditional one, or a sequence of them in the order from base to data. With a part that takes a
+    context `(*, C)`, `condition(context)` gives the density at that context, of batch shape `(*)`; a learnable base
+    then may take the context too (`forward(context)`, with `takes_context = True`).
+
+    Scores values that it never drew. Cost: `rsample` a forward pass, `log_prob` an inverse one, of the last draw none.
+    Raises `TypeError` for a base or a part of another kind, `ValueError` for a base with parameters that would not
+    train, for a value of another event shape, and for a density that needs a context and has none.
+    """
+
+    transform: Part
+
+    def __init__(
+        self,
+        base: Distribution | nn.Module,
+        transforms: Part | Sequence[Part],
+        *,
+        validate_args: bool | None = None,
+    ):
+        transform = _compose(transforms)
+        if not isinstance(base, Distribution | nn.Module):
+            raise TypeError(
+                f"base: expected a distribution, or a module that returns one, got a {type(base).__name__}"
+            )
+        if isinstance(base, Distribution) and not isinstance(base, nn.Module):
+            _check_fixed(base)
+        super().__init__(validate_args=validate_args)
+        self.base, self.transform = base, transform
+        self.context: Tensor | None = None
+        if isinstance(transform, FlowTransform) and not reads_context(transform):
+            self._batch_shape, self._event_shape = self._shapes()
+
+    def condition(self, context: Tensor) -> Self:
+        """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
+        if not reads_context(self.transform):
+            raise ValueError(
+                "condition: no transform of this density takes a context; build one with context_dim > 0"
+            )
+        view = self._view(
+            self.batch_shape, transform=at_context(self.transform, context), context=context
+        )
+        view._batch_shape, view._event_shape = view._shapes()
+        return view
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws `(*sample_shape, *batch_shape, *event_shape)`, independent by row, with a gradient where the base has one."""
+        base, transform, _ = self._at_batch()
+        return transform(base.rsample(torch.Size(sample_shape)))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws without a gradient: `(*sample_shape, *batch_shape, *event_shape)`."""
+        base, transform, _ = self._at_batch()
+        return transform(base.sample(torch.Size(sample_shape)))  # type: ignore[no-any-return]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), exact, in nats: `(*, *event_shape)` -> `(*)`."""
+        self._check_value(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        base, transform, outer = self._at_batch()
+        z = transform.inv(value)
+        ladj = transform.log_abs_det_jacobian(z, value)
+        return base.log_prob(z) - sum_rightmost(ladj, outer)
+
+    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """A draw and its log-density, in one pass."""
+        base, transform, outer = self._at_batch()
+        z = base.rsample(torch.Size(sample_shape))
+        value, ladj = transform.forward_and_ladj(z)
+        return value, base.log_prob(z) - sum_rightmost(ladj, outer)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return bool(self._base().has_rsample)
+
+    @property
+    def support(self) -> Any:
+        outer = self.event_dim - self._flow().codomain.event_dim
+        codomain = self._flow().codomain
+        return constraints.independent(codomain, outer) if outer else codomain
+
+    def _flow(self) -> FlowTransform:
+        if not isinstance(self.transform, FlowTransform) or (
+            self.context is None and reads_context(self.transform)
+        ):
+            raise ValueError(
+                "this density depends on a context: call condition(context) first, with one of shape (*, context_dim)"
+            )
+        return self.transform
+
+    def _base(self) -> Any:
+        if isinstance(self.base, Distribution):
+            return self.base
+        if getattr(self.base, "takes_context", False):
+            return self.base(self.context)
+        return self.base()
+
+    def _shapes(self) -> tuple[Size, Size]:
+        """Batch and event shape: of the base through the transform."""
+        transform, base = self._flow(), self._base()
+        event_dim = max(len(base.event_shape), transform.domain.event_dim)
+        if len(base.batch_shape) + len(base.event_shape) < event_dim:
+            raise ValueError(
+                f"base: expected draws of at least {event_dim} dimensions, got shape "
+                f"{tuple(base.batch_shape + base.event_shape)}"
+            )
+        shape = transform.forward_shape(base.batch_shape + base.event_shape)
+        event_dim += transform.codomain.event_dim - transform.domain.event_dim
+        cut = len(shape) - event_dim
+        return shape[:cut], shape[cut:]
+
+    def _at_batch(self) -> tuple[Any, FlowTransform, int]:
+        """The base at this batch shape, the transform, and how many dimensions of the event are outside the transform's."""
+        transform, base = self._flow(), self._base()
+        domain_dim = transform.domain.event_dim
+        if (missing := domain_dim - len(base.event_shape)) > 0:
+            base = base.to_event(missing)
+        outer = len(base.event_shape) - domain_dim
+        return base.expand(self.batch_shape), transform, outer
+
+
+def _compose(transforms: Part | Sequence[Part]) -> Part:
+    if isinstance(transforms, FlowTransform | ConditionalTransformModule):
+        return transforms
+    parts = list(transforms)
+    for part in parts:
+        if not isinstance(part, FlowTransform | ConditionalTransformModule):
+            raise TypeError(
+                f"transforms: expected FlowTransforms and conditional ones, got a {type(part).__name__}"
+            )
+    if len(parts) == 1:
+        return parts[0]
+    if any(isinstance(part, ConditionalTransformModule) for part in parts):
+        return ConditionalComposeFlow(parts)
+    return ComposeFlow(parts)  # type: ignore[arg-type]
+
+
+def _check_fixed(base: Distribution) -> None:
+    """`ValueError` for parameters inside a plain distribution, which no optimizer would ever see."""
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            raise ValueError(
+                "base: its parameters require a gradient, but a distribution is no module, so they would neither train nor "
+                "be saved; pass a module whose forward() returns the distribution"
+            )
+        return tensor
+
+    map_tensors(base, check)
