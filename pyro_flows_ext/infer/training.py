@@ -19,8 +19,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..guides import AutoFlow
+from .importance import ImportanceWeightedELBO
 from .log_density import nonfinite_ignored
 from .particles import Program, plate_nesting, why_not_vectorized
+from .path_gradients import paths_are_cheap
 from .warm_start import WarmStart
 from .warm_start import warm_start as find_warm_start
 
@@ -74,13 +76,17 @@ def fit(
 ) -> FitResult:
     """Trains `guide` on `model(*args, **model_kwargs)` by stochastic gradient ascent on the bound.
 
-    By default `Trace_ELBO` with `num_particles` particles in one pass, or one by one, with a warning, where the model
-    does not vectorise (None: 64 in one pass, which takes little longer than 16, and 8 one by one), and Adam whose rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential"
-    or "constant"). `loss` is any Pyro ELBO and then decides about particles; `optim` makes a torch optimizer from
-    parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to `clip_norm` jointly.
+    By default the ELBO with `num_particles` particles in one pass, or one by one, with a warning, where the model does not
+    vectorise (None: 64 in one pass, which takes little longer than 16, and 8 one by one). An `AutoFlow` is trained by its
+    path gradients (`ImportanceWeightedELBO` of one particle, "stl"), whose noise vanishes as the guide nears the posterior;
+    other guides, and flows whose paths would cost an inverse by sweeps in every step, by Pyro's `Trace_ELBO`. `loss` is any
+    Pyro ELBO, and then decides about particles.
 
-    `warm_start`: whether to whiten the guide first by the best of several Gaussians (see `infer.warm_start`), so that the
-    flow trains on what they leave. "auto" does so for an `AutoFlow` that this call sets up: one that was set up before
+    Adam's rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential" or "constant"); `optim` makes a torch
+    optimizer from parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to `clip_norm` jointly.
+
+    `warm_start`: whether to whiten the guide first by the best of several Gaussians (see `infer.warm_start`), so that
+    the flow trains on what they leave. "auto" does so for an `AutoFlow` that this call sets up: one that was set up before
     may have been whitened or trained already.
 
     A step whose loss or gradient is not finite changes nothing and is counted. `seed` makes the run reproducible,
@@ -234,18 +240,18 @@ def _elbo(
     kwargs: dict[str, Any],
     num_particles: int | None,
 ) -> ELBO:
-    if num_particles == 1:
-        return Trace_ELBO()
-    reason = why_not_vectorized(model, guide, args, kwargs)
+    reason = None if num_particles == 1 else why_not_vectorized(model, guide, args, kwargs)
     if num_particles is None:
         num_particles = 64 if reason is None else 8
     if reason is not None:
         warnings.warn(f"{num_particles} particles run one by one: {reason}", stacklevel=3)
-    return Trace_ELBO(
-        num_particles=num_particles,
-        max_plate_nesting=plate_nesting(model, guide, args, kwargs),
-        vectorize_particles=reason is None,
-    )
+    options: dict[str, Any] = {
+        "max_plate_nesting": plate_nesting(model, guide, args, kwargs),
+        "vectorize_particles": reason is None,
+    }
+    if isinstance(guide, AutoFlow) and paths_are_cheap(guide.get_posterior(*args, **kwargs)):
+        return ImportanceWeightedELBO(1, "stl", num_bounds=num_particles, **options)
+    return Trace_ELBO(num_particles=num_particles, **options)
 
 
 def _decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]:
