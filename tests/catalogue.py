@@ -95,6 +95,7 @@ CATALOGUE: dict[str, Entry] = {
     "sylvester-low-rank": Entry(lambda D: T.sylvester(D, rank=D - 1), ["OrthogonalSylvester"]),
     "sylvester-1d": Entry(T.sylvester, ["OrthogonalSylvester"], dim=1),
     "elementwise-affine": Entry(T.elementwise_affine, ["elementwise_affine", "ElementwiseAffine"]),
+    "sinh-arcsinh": Entry(T.sinh_arcsinh, ["sinh_arcsinh", "SinhArcsinh"]),
     "whitening": Entry(_whitening, ["Whitening"]),
     "compose": Entry(_compose, ["ComposeFlow"]),
     # --- the inverse orientation ---
@@ -131,6 +132,11 @@ CATALOGUE: dict[str, Entry] = {
     "conditional-sylvester-low-rank": conditional(
         lambda D: T.ConditionalOrthogonalSylvester(D, CONTEXT_DIM, _HIDDEN, rank=D - 1),
         "ConditionalOrthogonalSylvester",
+    ),
+    "conditional-sinh-arcsinh": conditional(
+        lambda D: T.conditional_sinh_arcsinh(D, CONTEXT_DIM, _HIDDEN),
+        "conditional_sinh_arcsinh",
+        "ConditionalSinhArcsinh",
     ),
     "conditional-flow": conditional(
         lambda D: T.ConditionalFlow(T.ElementwiseAffine(D), CONTEXT_DIM, _HIDDEN),

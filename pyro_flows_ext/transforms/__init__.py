@@ -79,6 +79,12 @@ from .residual import (
     conditional_residual_flow,
     residual_flow,
 )
+from .sinh_arcsinh import (
+    ConditionalSinhArcsinh,
+    SinhArcsinh,
+    conditional_sinh_arcsinh,
+    sinh_arcsinh,
+)
 from .sylvester import (
     ConditionalHouseholderSylvester,
     ConditionalOrthogonalSylvester,
@@ -117,6 +123,7 @@ __all__ = [
     "ConditionalQRLinear",
     "ConditionalRadial",
     "ConditionalResidualFlow",
+    "ConditionalSinhArcsinh",
     "ConditionalSplineAutoregressive",
     "ConditionalSplineCoupling",
     "ConditionalSylvester",
@@ -142,6 +149,7 @@ __all__ = [
     "QRLinear",
     "Radial",
     "ResidualFlow",
+    "SinhArcsinh",
     "SplineAutoregressive",
     "SplineCoupling",
     "Squeeze",
@@ -166,6 +174,7 @@ __all__ = [
     "conditional_qr_linear",
     "conditional_radial",
     "conditional_residual_flow",
+    "conditional_sinh_arcsinh",
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "conditional_sylvester",
@@ -187,6 +196,7 @@ __all__ = [
     "realnvp",
     "residual",
     "residual_flow",
+    "sinh_arcsinh",
     "spline_autoregressive",
     "spline_coupling",
     "squeeze",

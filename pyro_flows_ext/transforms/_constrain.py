@@ -33,14 +33,16 @@ def slope_minus_one(s: Tensor) -> Tensor:
 MAX_LOG_SCALE = -math.log(MIN_SLOPE)
 
 
+def bounded(raw: Tensor, limit: float) -> Tensor:
+    """c tanh(raw / c), c = `limit`: slope 1 at 0, small values hardly changed, and no gradient cut off as by clamping."""
+    return limit * (raw / limit).tanh()
+
+
 def bounded_affine(
     x: Tensor, shift: Tensor, raw: Tensor, *, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """y = shift + eˢ x, or its inverse, and the log-derivative ±s by element, with s = c tanh(raw / c), c = log 1000.
-
-    tanh has the slope 1 at 0, changes small scales little, and never cuts a gradient off, as clamping does.
-    """
-    s = MAX_LOG_SCALE * (raw / MAX_LOG_SCALE).tanh()
+    """y = shift + eˢ x, or its inverse, and the log-derivative ±s by element, with s = c tanh(raw / c), c = log 1000."""
+    s = bounded(raw, MAX_LOG_SCALE)
     if inverse:
         return (x - shift) * (-s).exp(), -s
     return torch.addcmul(shift, x, s.exp()), s

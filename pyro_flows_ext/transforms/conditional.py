@@ -44,9 +44,11 @@ class ConditionalFlow(ConditionalModule):
     def condition(self, context: Tensor) -> FlowTransform:
         """The transform for this context: `(*, C)` -> a transform of batch shape `(*)`."""
         offsets = self.hyper(context)
-        return self.transform.bind(
-            {name: getattr(self.transform, name) + offset for name, offset in offsets.items()}
-        )
+        return self.transform.bind({name: self._shift(name, h) for name, h in offsets.items()})
+
+    def _shift(self, name: str, offset: Tensor) -> Tensor:
+        """The parameter θ + h where the network emits h `(*, shape)`."""
+        return getattr(self.transform, name) + offset  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.transform.extra_repr()}, context_dim={self.hyper.context_dim})"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import householder_columns, orthonormal_columns
+from ..ops import householder_columns, orthonormal_columns, turned_columns
 from ._constrain import MIN_SLOPE, check_positive
 from ._low_rank import LowRankTanh, layers
 from .conditional import ConditionalFlow
@@ -166,9 +166,19 @@ class ConditionalSylvester(ConditionalFlow):
 
 
 class ConditionalOrthogonalSylvester(ConditionalSylvester):
-    """`OrthogonalSylvester` amortized over a context: see `ConditionalSylvester`."""
+    """`OrthogonalSylvester` amortized over a context: see `ConditionalSylvester`.
+
+    The network's h(c) turns the Q of all contexts towards Q + h (`ops.turned_columns`), which it can do to any extent.
+    The Q of a free matrix q + h would not do here: square, it is singular for some context as soon as its determinant
+    has both signs, and there Q jumps and has an infinite gradient. Cost: D³ a layer and datum.
+    """
 
     base = OrthogonalSylvester
+
+    def _shift(self, name: str, offset: Tensor) -> Tensor:
+        if name == "q":
+            return turned_columns(orthonormal_columns(self.transform.q), offset)  # type: ignore[arg-type]
+        return super()._shift(name, offset)
 
 
 class ConditionalHouseholderSylvester(ConditionalSylvester):
