@@ -58,6 +58,7 @@ from .linear import (
     lu_linear,
     qr_linear,
 )
+from .multiscale import MultiScale, multiscale
 from .normalization import ActNorm, BatchNorm, actnorm, batchnorm
 from .pad import Pad
 from .permute import Permute, permute
@@ -141,6 +142,7 @@ __all__ = [
     "Leapfrog",
     "LogDetNoise",
     "LogitPreprocess",
+    "MultiScale",
     "OrthogonalSylvester",
     "Pad",
     "Permute",
@@ -187,6 +189,7 @@ __all__ = [
     "leapfrog",
     "lu_linear",
     "maf",
+    "multiscale",
     "nice",
     "nsf",
     "permute",

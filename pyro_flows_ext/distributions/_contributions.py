@@ -1,0 +1,59 @@
+"""What each element of an image adds to the log-det of a flow over images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..transforms import ComposeFlow, FlowTransform, Pixelwise
+from ..transforms.affine import ElementwiseAffine
+from ..transforms.coupling import Coupling
+from ..transforms.linear import HouseholderLinear, LULinear, QRLinear
+
+
+def pull_with_contributions(
+    transform: FlowTransform, y: Tensor, ladj: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x = f⁻¹(y), and `ladj` with what every element adds to log|det Df⁻¹(y)|: all `(*, C, H, W)`.
+
+    The contributions of a layer add up to its log-det. Couplings and affine maps have them by element. A linear map of
+    the channels mixes elements, and has no shares of theirs: its singular values take their place, the largest
+    for the first channel (Das, Abbeel & Spanos 2019, sec. 3.2). Raises `TypeError` for a transform of another kind.
+    """
+    if isinstance(transform, ComposeFlow):
+        for part in reversed(list(transform)):
+            y, ladj = pull_with_contributions(part, y, ladj)
+        return y, ladj
+    if isinstance(transform, Coupling):
+        split = transform.split
+        seen, value = split.split(y)
+        value, log_slope = transform._elementwise(value, transform._theta(seen, split), True)
+        return split.join(seen, value), ladj + split.join(torch.zeros_like(seen), log_slope)
+    if isinstance(transform, Pixelwise):
+        return transform.inverse_and_ladj(y)[0], _by_channel(transform.transform, ladj)
+    raise TypeError(
+        f"contributions: {type(transform).__name__} has no log-det by element; expected couplings, and pixelwise "
+        "linear and affine layers"
+    )
+
+
+def _by_channel(transform: Any, ladj: Tensor) -> Tensor:
+    """`ladj` `(*, C, H, W)` after the inverse of a transform of the channels, its own contributions added."""
+    if isinstance(transform, ComposeFlow):
+        for part in reversed(list(transform)):
+            ladj = _by_channel(part, ladj)
+        return ladj
+    if isinstance(transform, ElementwiseAffine):
+        return ladj - transform.log_scale.reshape(-1, 1, 1)
+    if isinstance(transform, HouseholderLinear):
+        return ladj
+    if isinstance(transform, LULinear | QRLinear):
+        eye = torch.eye(transform.input_dim, dtype=ladj.dtype, device=ladj.device)
+        matrix = transform.inverse_and_ladj(eye)[0] - transform.inverse_and_ladj(eye[0] * 0)[0]
+        return ladj + torch.linalg.svdvals(matrix).log().reshape(-1, 1, 1)
+    raise TypeError(
+        f"contributions: {type(transform).__name__} of the channels has no log-det by channel; expected affine "
+        "and linear ones"
+    )

@@ -1,0 +1,135 @@
+"""`NestedDropoutFlow`: an exact density whose latents are ordered, so that the first few reconstruct the data."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..transforms._low_rank import LowRankTanh
+from ..transforms.autoregressive import Autoregressive
+from .flow import FlowDistribution, Part
+
+# Flows whose inverse or whose forward pass takes sweeps or roots: the penalty goes through both directions.
+_SLOW = (Autoregressive, LowRankTanh)
+
+
+class NestedDropoutFlow(FlowDistribution):
+    """An exact density x = f(z) trained to minimise -log p(x) + λ E_k ‖x - f(P_k f⁻¹(x))‖².
+
+    P_k keeps the first k latents in their order and sets the others to 0; k is geometric from 1 with probability
+    `index_prob` p, by datum, and what exceeds D keeps all. So z_1 says most about x, as a first principal component does,
+    while log p(x) stays what the flow gives it. `reconstruction_weight` is λ, in nats by squared unit of x.
+
+    `base` and `transforms` as in `FlowDistribution`; the base is centred at 0. `order`: the latents, flat, from the first to
+    be kept to the last (all D, each once); None for their own order.
+    In a model, inside its plate: `flow.observe("x", x)`, which is `pyro.sample("x", flow, obs=x)` and the penalty as a factor
+    (a penalty inside `log_prob` would make it no density).
+    Cost: `log_prob` an inverse pass; `penalty` an inverse and a forward pass, with gradients through both: warns where one of
+    them takes sweeps or finds roots.
+    Raises `ValueError` for arguments out of range.
+
+    Source: Bekasov & Murray 2020, Ordering Dimensions with Nested Dropout Normalizing Flows, eq. 6.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        base: Distribution | nn.Module,
+        transforms: Part | Sequence[Part],
+        *,
+        index_prob: float = 0.33,
+        reconstruction_weight: float = 20.0,
+        order: Tensor | Sequence[int] | None = None,
+        validate_args: bool | None = None,
+    ):
+        if not 0 < index_prob < 1:
+            raise ValueError(f"index_prob: expected a number between 0 and 1, got {index_prob!r}")
+        if not 0 <= reconstruction_weight < math.inf:
+            raise ValueError(
+                f"reconstruction_weight: expected a finite number >= 0, got {reconstruction_weight!r}"
+            )
+        super().__init__(base, transforms, validate_args=validate_args)
+        size = self._latent_shape().numel()
+        order = torch.arange(size) if order is None else torch.as_tensor(order)
+        if order.shape != (size,) or not torch.equal(order.sort().values, torch.arange(size)):
+            raise ValueError(
+                f"order: expected each of 0 to {size - 1} once, got a tensor of shape {tuple(order.shape)}"
+            )
+        self.register_buffer("order", order.clone())
+        self.index_prob, self.reconstruction_weight = index_prob, reconstruction_weight
+        slow = {type(part).__name__ for part in self.modules() if isinstance(part, _SLOW)}
+        if slow:
+            warnings.warn(
+                f"{', '.join(sorted(slow))}: one direction takes up to {size} sweeps or finds roots, and the penalty of nested "
+                "dropout runs both directions in every step; coupling and linear transforms take one pass each way",
+                stacklevel=2,
+            )
+
+    def project(self, x: Tensor, k: int | Tensor) -> Tensor:
+        """P_k f⁻¹(x): the latents with all but the first k set to 0. `k` is an integer or broadcasts to `(*)`."""
+        self._check_value(x)
+        return self._keep(self._at_batch()[1].inv(x), k)
+
+    def reconstruct(self, x: Tensor, k: int | Tensor) -> Tensor:
+        """f(P_k f⁻¹(x)): x as its first k latents tell it, of the shape of x."""
+        return self._at_batch()[1](self.project(x, k))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def reconstruction_curve(
+        self, x: Tensor, ks: Sequence[int] | None = None, chunk_size: int = 1000
+    ) -> Tensor:
+        """Mean squared error of reconstruction, by element and datum, for each of `ks` (None: 1 to D): `(len(ks))`.
+
+        For data `(N, *event_shape)`; `chunk_size` rows at a time.
+        """
+        ks = range(1, len(self.order) + 1) if ks is None else ks
+        errors = [
+            [(self.reconstruct(rows, k) - rows).square().sum() for k in ks]
+            for rows in x.split(chunk_size)
+        ]
+        return torch.stack([torch.stack(row) for row in errors]).sum(0) / x.numel()
+
+    @torch.no_grad()
+    def sample_truncated(self, k: int, sample_shape: Any = ()) -> Tensor:
+        """Draws from the manifold of the first k latents: f(P_k z), z from the base."""
+        base, transform, _ = self._at_batch()
+        return transform(self._keep(base.sample(torch.Size(sample_shape)), k))  # type: ignore[no-any-return]
+
+    def penalty(self, x: Tensor, k: Tensor | None = None) -> Tensor:
+        """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn here unless given."""
+        batch = self._check_value(x)
+        if k is None:
+            k = self.sample_index(batch)
+        error = (self.reconstruct(x, k) - x).square().flatten(len(batch)).sum(-1)
+        return self.reconstruction_weight * error
+
+    def sample_index(self, shape: Sequence[int] = ()) -> Tensor:
+        """k, geometric from 1, at most D: `shape`."""
+        u = torch.rand(tuple(shape), dtype=torch.float64, device=self.order.device)
+        k = 1 + ((-u).log1p() / math.log1p(-self.index_prob)).floor()
+        return k.clamp(max=len(self.order)).long()
+
+    def observe(self, name: str, x: Tensor) -> Tensor:
+        """The observation of x under `name`, and minus the penalty as the factor `{name}_penalty`; call inside x's plate."""
+        value = pyro.sample(name, self, obs=x)
+        pyro.factor(f"{name}_penalty", -self.penalty(x))
+        return value  # type: ignore[no-any-return]
+
+    def _keep(self, z: Tensor, k: int | Tensor) -> Tensor:
+        shape = self._latent_shape()
+        if isinstance(k, int) and not 0 <= k <= len(self.order):
+            raise ValueError(f"k: expected an integer from 0 to {len(self.order)}, got {k}")
+        k = torch.as_tensor(k, device=z.device)
+        rank = self.order.argsort().reshape(shape)
+        return torch.where(rank < k.reshape(*k.shape, *[1] * len(shape)), z, 0.0)
+
+    def _latent_shape(self) -> torch.Size:
+        return self._at_batch()[0].event_shape  # type: ignore[no-any-return]
