@@ -23,6 +23,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import (
     AutoIAFNormal,
     AutoMultivariateNormal,
@@ -120,6 +121,19 @@ def fit_stock(target: Target, guide: Any, tuned: bool, seed: int, steps: int) ->
     )
 
 
+def run_nuts(target: Target, seed: int) -> dict[str, Any]:
+    """500 draws of NUTS after 500 of warm-up: how long they take, and how far off their means are."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    mcmc = MCMC(NUTS(target.model), num_samples=500, warmup_steps=500, disable_progbar=True)
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mcmc.run(*target.args)
+    row = {"target": target.name, "guide": "NUTS", "seed": seed}
+    return row | {"seconds": time.perf_counter() - start} | compare(target, mcmc.get_samples(), "")
+
+
 def compare(target: Target, samples: dict[str, torch.Tensor], suffix: str) -> dict[str, float]:
     """The largest errors over the scalars of the reference."""
     reference, errors, ratios = target.reference, [], []
@@ -153,12 +167,21 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--guides", nargs="+", choices=[*GUIDES, *stock], default=["sylvester"])
     parser.add_argument("--stock", action="store_true", help="Pyro's own guides too")
+    parser.add_argument("--nuts", action="store_true", help="only NUTS, 500 + 500, and its seconds")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path, help="folder for posteriors.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [name for name in TARGETS if any(part in name for part in options.targets)]
+    if options.nuts:
+        for target in map(load, names):
+            row = run_nuts(target, 0)
+            print(
+                f"{target.name}: {row['seconds']:.0f} s, mean error {row['mean_error']:.3f}",
+                flush=True,
+            )
+        return
     rows = []
     for target in map(load, names):
         for guide in options.guides + (stock if options.stock else []):

@@ -53,6 +53,15 @@ def _glow_step() -> T.ComposeFlow:
     )
 
 
+def _multiscale(factor_out) -> T.MultiScale:
+    """Two levels over images of 4 x 4 pixels."""
+    levels = [
+        T.affine_coupling((1, 4, 4), HIDDEN, mask="checkerboard"),
+        T.affine_coupling((2, 2, 2), HIDDEN),
+    ]
+    return T.multiscale(levels, (1, 4, 4), factor_out)
+
+
 IMAGES: dict[str, Entry] = {
     # --- coupling ---
     "image-additive-coupling": image(
@@ -139,6 +148,14 @@ IMAGES: dict[str, Entry] = {
         lambda _: T.Standardize.from_data(torch.randn(9, 3) * 2 + 1),
         ["Standardize"],
         event_shape=(3,),
+    ),
+    "multiscale": Entry(
+        lambda _: _multiscale("channel"), ["multiscale", "MultiScale"], event_shape=(16,)
+    ),
+    "multiscale-mask": Entry(
+        lambda _: _multiscale([torch.tensor([[[0, 1], [0, 1]]]).bool().repeat(1, 2, 2)]),
+        ["MultiScale"],
+        event_shape=(16,),
     ),
     "glow-step": image(_glow_step, "ComposeFlow", event_shape=FLAT),
 }

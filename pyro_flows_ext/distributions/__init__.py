@@ -1,4 +1,18 @@
-"""Densities and test energies."""
+"""Densities: modules that are Pyro distributions, and test energies and data on the plane."""
 
+from .base import Density as Density
+from .base import TransformedDensity as TransformedDensity
+from .base import check_guide_site as check_guide_site
+from .dequantize import Dequantized as Dequantized
 from .energies import ENERGIES as ENERGIES
 from .energies import Energy as Energy
+from .flow import FlowDistribution as FlowDistribution
+from .indexed import ContinuouslyIndexedFlow as ContinuouslyIndexedFlow
+from .latent_prior import FlowVAE as FlowVAE
+from .multiscale import MultiScaleFlow as MultiScaleFlow
+from .multiscale import glow as glow
+from .multiscale import realnvp_image as realnvp_image
+from .multiscale import rq_nsf_image as rq_nsf_image
+from .ordered import NestedDropoutFlow as NestedDropoutFlow
+from .toy import TOYS as TOYS
+from .toy import Toy as Toy

@@ -1,4 +1,4 @@
-"""What every density here shares: a module that is a Pyro distribution."""
+"""What the densities here share: a module that is a Pyro distribution, over a base that may be fixed or learned."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Independent, TorchDistribution
 from pyro.distributions.distribution import DistributionMeta
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, biject_to, constraints
 from typing_extensions import Self
 
 from ..transforms.base import forget_param_store
@@ -46,7 +46,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """This density with `batch_shape`, over the same parameters."""
         batch_shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
+        if not _broadcasts(self.batch_shape, batch_shape):
             raise ValueError(
                 f"expand: expected a shape that {tuple(self.batch_shape)} broadcasts to, got {tuple(batch_shape)}"
             )
@@ -84,7 +84,14 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
             raise ValueError(
                 f"value: expected a tensor of shape (*, {', '.join(map(str, event))}), got {tuple(value.shape)}"
             )
-        return torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+        rows = value.shape[:cut]
+        if not all(
+            a == b or 1 in (a, b) for a, b in zip(rows[::-1], self.batch_shape[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"value: expected a batch shape that broadcasts against {tuple(self.batch_shape)}, got {tuple(rows)}"
+            )
+        return torch.broadcast_shapes(rows, self.batch_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -103,3 +110,90 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     def extra_repr(self) -> str:
         batch = f"batch_shape={tuple(self.batch_shape)}, " if self.batch_shape else ""
         return f"{batch}event_shape={tuple(self.event_shape)}"
+
+
+def _broadcasts(shape: Size, to: Size) -> bool:
+    """Whether a tensor of `shape` can be expanded to the other shape."""
+    pairs = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)
+
+
+class TransformedDensity(Density):
+    """A density made of the draws of `base`: a distribution with fixed parameters, or a module whose `forward()` returns one.
+
+    A module learns, and is saved. It may take the context that the density is conditioned on (`forward(context)`, with
+    `takes_context = True`). Raises `TypeError` for a base of another kind, `ValueError` for a distribution with
+    parameters that require a gradient, which would not train.
+    """
+
+    base: Distribution | nn.Module
+
+    def __init__(self, base: Distribution | nn.Module, validate_args: bool | None = None):
+        if not isinstance(base, Distribution | nn.Module):
+            raise TypeError(
+                f"base: expected a distribution, or a module that returns one, got a {type(base).__name__}"
+            )
+        if isinstance(base, Distribution) and not isinstance(base, nn.Module):
+            _check_fixed(base)
+        super().__init__(validate_args=validate_args)
+        self.base = base
+        self.context: Tensor | None = None
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return bool(self._base_dist().has_rsample)
+
+    def _base_dist(self, event_dim: int = 0) -> Any:
+        """The base's distribution now, with so many of the rightmost batch dimensions declared events that it has `event_dim`."""
+        base: Any = self.base
+        if not isinstance(base, Distribution):
+            base = base(self.context) if getattr(base, "takes_context", False) else base()
+        missing = event_dim - len(base.event_shape)
+        if missing > len(base.batch_shape):
+            raise ValueError(
+                f"base: expected draws of at least {event_dim} dimensions, got shape "
+                f"{tuple(base.batch_shape + base.event_shape)}"
+            )
+        return Independent(base, missing) if missing > 0 else base
+
+
+def log_prob_anywhere(base: Distribution, z: Tensor) -> Tensor:
+    """log p(z) for any z: -inf outside of the support, where distributions raise or return NaN."""
+    support: Any = base.support
+    inner = support
+    while hasattr(inner, "base_constraint"):
+        inner = inner.base_constraint
+    if inner is constraints.real or inner is constraints.real_vector:
+        return base.log_prob(z)
+    inside = support.check(z)
+    safe = biject_to(support)(torch.zeros_like(z))
+    mask = inside.reshape(inside.shape + (1,) * len(base.event_shape))
+    return torch.where(inside, base.log_prob(torch.where(mask, z, safe)), -torch.inf)
+
+
+def check_guide_site(name: str, fn: Any) -> None:
+    """Raises `ValueError` for a guide's site `name` whose distribution has a bound for its `log_prob`.
+
+    A guide's log q enters an ELBO with a minus: a lower bound on it would make the ELBO too large.
+    """
+    while fn is not None:
+        if not getattr(fn, "exact_log_prob", True):
+            raise ValueError(
+                f"site {name!r} of the guide: the log_prob of {type(fn).__name__} is a lower bound, and minus a lower bound "
+                "in place of -log q bounds nothing; use a density that is exact, or for a posterior guides.AutoCIF"
+            )
+        fn = getattr(fn, "base_dist", None)
+
+
+def _check_fixed(base: Distribution) -> None:
+    """`ValueError` for parameters inside a plain distribution, which no optimizer would ever see."""
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            raise ValueError(
+                "base: its parameters require a gradient, but a distribution is no module, so they would neither train nor "
+                "be saved; pass a module whose forward() returns the distribution"
+            )
+        return tensor
+
+    map_tensors(base, check)

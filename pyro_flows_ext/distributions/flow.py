@@ -15,13 +15,12 @@ from typing_extensions import Self
 
 from ..transforms import ComposeFlow, ConditionalComposeFlow, FlowTransform
 from ..transforms.compose import at_context, reads_context
-from ._tensors import map_tensors
-from .base import Density
+from .base import TransformedDensity, log_prob_anywhere
 
 Part = FlowTransform | ConditionalTransformModule
 
 
-class FlowDistribution(Density):
+class FlowDistribution(TransformedDensity):
     """x = f(z), z ~ base: log p(x) = log p_base(f⁻¹(x)) + log|det Df⁻¹(x)|, exact.
 
     `base`: any distribution with fixed parameters, whose rightmost batch dimensions become event dimensions where the
@@ -45,15 +44,8 @@ class FlowDistribution(Density):
         validate_args: bool | None = None,
     ):
         transform = _compose(transforms)
-        if not isinstance(base, Distribution | nn.Module):
-            raise TypeError(
-                f"base: expected a distribution, or a module that returns one, got a {type(base).__name__}"
-            )
-        if isinstance(base, Distribution) and not isinstance(base, nn.Module):
-            _check_fixed(base)
-        super().__init__(validate_args=validate_args)
-        self.base, self.transform = base, transform
-        self.context: Tensor | None = None
+        super().__init__(base, validate_args)
+        self.transform = transform
         if isinstance(transform, FlowTransform) and not reads_context(transform):
             self._batch_shape, self._event_shape = self._shapes()
 
@@ -86,9 +78,8 @@ class FlowDistribution(Density):
         if self._validate_args:
             self._validate_sample(value)
         base, transform, outer = self._at_batch()
-        z = transform.inv(value)
-        ladj = transform.log_abs_det_jacobian(z, value)
-        return base.log_prob(z) - sum_rightmost(ladj, outer)
+        z, ladj = _pull(transform, value)
+        return log_prob_anywhere(base, z) + sum_rightmost(ladj, outer)
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """A draw and its log-density, in one pass."""
@@ -96,10 +87,6 @@ class FlowDistribution(Density):
         z = base.rsample(torch.Size(sample_shape))
         value, ladj = transform.forward_and_ladj(z)
         return value, base.log_prob(z) - sum_rightmost(ladj, outer)
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return bool(self._base().has_rsample)
 
     @property
     def support(self) -> Any:
@@ -116,35 +103,34 @@ class FlowDistribution(Density):
             )
         return self.transform
 
-    def _base(self) -> Any:
-        if isinstance(self.base, Distribution):
-            return self.base
-        if getattr(self.base, "takes_context", False):
-            return self.base(self.context)
-        return self.base()
-
     def _shapes(self) -> tuple[Size, Size]:
         """Batch and event shape: of the base through the transform."""
-        transform, base = self._flow(), self._base()
-        event_dim = max(len(base.event_shape), transform.domain.event_dim)
-        if len(base.batch_shape) + len(base.event_shape) < event_dim:
-            raise ValueError(
-                f"base: expected draws of at least {event_dim} dimensions, got shape "
-                f"{tuple(base.batch_shape + base.event_shape)}"
-            )
+        transform = self._flow()
+        base = self._base_dist(transform.domain.event_dim)
         shape = transform.forward_shape(base.batch_shape + base.event_shape)
-        event_dim += transform.codomain.event_dim - transform.domain.event_dim
-        cut = len(shape) - event_dim
+        change = transform.codomain.event_dim - transform.domain.event_dim
+        cut = len(shape) - len(base.event_shape) - change
         return shape[:cut], shape[cut:]
 
     def _at_batch(self) -> tuple[Any, FlowTransform, int]:
         """The base at this batch shape, the transform, and how many dimensions of the event are outside the transform's."""
-        transform, base = self._flow(), self._base()
-        domain_dim = transform.domain.event_dim
-        if (missing := domain_dim - len(base.event_shape)) > 0:
-            base = base.to_event(missing)
-        outer = len(base.event_shape) - domain_dim
+        transform = self._flow()
+        base = self._base_dist(transform.domain.event_dim)
+        outer = len(base.event_shape) - transform.domain.event_dim
         return base.expand(self.batch_shape), transform, outer
+
+
+def _pull(transform: FlowTransform, value: Tensor) -> tuple[Tensor, Tensor]:
+    """z = f⁻¹(value) and log|det Df⁻¹(value)|: free for the last draw, one inverse pass otherwise."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    ):
+        # Nothing is remembered here, and the two calls below would be two passes.
+        return transform.inverse_and_ladj(value)
+    z = transform.inv(value)
+    return z, -transform.log_abs_det_jacobian(z, value)
 
 
 def _compose(transforms: Part | Sequence[Part]) -> Part:
@@ -161,17 +147,3 @@ def _compose(transforms: Part | Sequence[Part]) -> Part:
     if any(isinstance(part, ConditionalTransformModule) for part in parts):
         return ConditionalComposeFlow(parts)
     return ComposeFlow(parts)  # type: ignore[arg-type]
-
-
-def _check_fixed(base: Distribution) -> None:
-    """`ValueError` for parameters inside a plain distribution, which no optimizer would ever see."""
-
-    def check(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            raise ValueError(
-                "base: its parameters require a gradient, but a distribution is no module, so they would neither train nor "
-                "be saved; pass a module whose forward() returns the distribution"
-            )
-        return tensor
-
-    map_tensors(base, check)

@@ -12,12 +12,14 @@ from .flows import (
     AutoResidual,
     AutoSylvester,
 )
+from .hamiltonian import AutoHamiltonian
 from .indexed import AutoCIF
 
 __all__ = [
     "AutoAmortizedFlow",
     "AutoCIF",
     "AutoFlow",
+    "AutoHamiltonian",
     "AutoIAF",
     "AutoMAF",
     "AutoNSF",

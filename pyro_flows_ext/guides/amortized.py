@@ -17,6 +17,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
+from ..ops import quantiles as elementwise_quantiles
 from ..transforms import ConditionalComposeFlow, ConditionalElementwiseAffine
 from ._conditional import ConditionalFactory, conditional_flow
 from ._data_plate import DataPlate, find_plate, indices_are_given
@@ -27,7 +28,7 @@ from ._prototype import argument_shapes, slim
 from .base import QUANTILE_DRAWS
 from .initialization import init_to_median
 
-# Numbers drawn at a time for quantiles: torch takes those of 16 million at most.
+# Numbers drawn at a time for quantiles.
 CHUNK = 10_000_000
 
 
@@ -286,7 +287,7 @@ class AutoAmortizedFlow(PortableGuide):
             vector = self._posterior(rows).sample((QUANTILE_DRAWS,))
             parts.append(
                 {
-                    latent.name: image.v.quantile(torch.as_tensor(quantiles).to(image.v), dim=0)
+                    latent.name: elementwise_quantiles(image.v, quantiles)
                     for latent, image in constrain(vector, self._latents)
                 }
             )

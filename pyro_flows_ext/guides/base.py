@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
@@ -13,10 +14,12 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..ops import quantiles as elementwise_quantiles
 from ..transforms import (
     ComposeFlow,
     ElementwiseAffine,
     FlowTransform,
+    SinhArcsinh,
     Whitening,
     iaf,
     maf,
@@ -59,6 +62,12 @@ FLOWS: dict[str, FlowFactory] = {
 QUANTILE_DRAWS = 10_000
 
 
+# A normal base leaves a flow thinner tails than most posteriors have; there the importance weights grow without bound, and
+# k-hat says so even where all draws but a few count alike. Student's t with this many degrees of freedom is nearly normal (.001
+# nats a coordinate) and bounds them.
+BASE_DF = 30.0
+
+
 class GuideOptions(TypedDict, total=False):
     """Keywords that all flow guides share: see `AutoFlow`."""
 
@@ -66,12 +75,22 @@ class GuideOptions(TypedDict, total=False):
     init_scale: float
 
 
-class AutoFlow(PortableGuide, AutoContinuous):
-    """A flow guide: latents = constrain(loc + L (m + s ⊙ flow(z))), z ~ N(0, I), exact density.
+class FlowOptions(GuideOptions, total=False):
+    """Keywords of the guides with an exact density: see `AutoFlow`."""
 
-    `flow` maps the latent dimension D to a `FlowTransform`, or names one of `FLOWS`. An elementwise affine map (m, s) learns behind it, and a
-    fixed one (loc, L) places the guide: at first at `init_loc_fn`'s point with scale `init_scale`, or wherever
-    `whiten` puts it. Device and dtype follow the model.
+    base_df: float
+
+
+class AutoFlow(PortableGuide, AutoContinuous):
+    """A flow guide: latents = constrain(loc + L (m + s ⊙ t(flow(z)))), exact density.
+
+    The base z has independent coordinates of mean 0 and variance 1: Student's t with `base_df` degrees of freedom, which
+    keeps importance weights bounded where a normal base would not, or normal for `base_df=math.inf`.
+
+    `flow` maps the latent dimension D to a `FlowTransform`, or names one of `FLOWS`. Behind it learn a sinh-arcsinh map t,
+    which gives each coordinate tails and skewness of its own, and an elementwise affine map (m, s); a fixed one (loc, L)
+    places the guide: at first at `init_loc_fn`'s point with scale `init_scale`, or wherever `whiten` puts it. Device and
+    dtype follow the model.
 
     Parameters exist after `setup(*args)` or the first call. Raises `ValueError` for a discrete latent, for a local
     latent under a subsampled plate, for arguments that change the shape of a latent, and when the parameter store
@@ -87,7 +106,12 @@ class AutoFlow(PortableGuide, AutoContinuous):
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
+        base_df: float = BASE_DF,
     ):
+        if not base_df > 2:
+            raise ValueError(
+                f"base_df: expected more than 2 degrees of freedom, for a variance, got {base_df!r}"
+            )
         if not 0 < init_scale < float("inf"):
             raise ValueError(f"init_scale: expected a positive number, got {init_scale!r}")
         if isinstance(flow, str):
@@ -101,7 +125,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
             )
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._flow_factory: FlowFactory | None = flow
-        self._init_scale = init_scale
+        self._init_scale, self.base_df = init_scale, base_df
         self._known_shapes: set[Any] = set()
 
     # --- setting up ---
@@ -132,9 +156,10 @@ class AutoFlow(PortableGuide, AutoContinuous):
         return ComposeFlow([flow, *self._placement(loc)])
 
     def _placement(self, loc: Tensor) -> list[FlowTransform]:
-        """The affine maps behind the flow: a learnable one, and the whitening."""
+        """What is behind the flow: tails, location and scale by coordinate, which learn, and the whitening."""
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        return [ElementwiseAffine(self.latent_dim), Whitening(loc, scale_tril)]
+        D = self.latent_dim
+        return [SinhArcsinh(D), ElementwiseAffine(D), Whitening(loc, scale_tril)]
 
     def _learn_latents(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -161,9 +186,9 @@ class AutoFlow(PortableGuide, AutoContinuous):
         return self._modules["transform"][-1]  # type: ignore[index, return-value]
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Places the guide at N(loc, L Lᵀ) in unconstrained space, for `loc` `(D)` and `scale_tril` L `(D, D)`.
+        """Places the guide at mean loc and covariance L Lᵀ in unconstrained space, for `loc` `(D)` and `scale_tril` L `(D, D)`.
 
-        The flow goes on in the whitened coordinates with the parameters it has; before training that is near N(0, I).
+        The flow goes on in the whitened coordinates with the parameters it has; before training it is near the identity.
         """
         whitening = self.whitening
         check_whitening(loc, scale_tril)
@@ -178,12 +203,16 @@ class AutoFlow(PortableGuide, AutoContinuous):
     # --- the AutoContinuous protocol ---
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """N(0, I) on `(D,)`."""
+        """What the flow starts from, on `(D,)`: mean 0 and variance 1, `base_df` degrees of freedom."""
         zeros = torch.zeros_like(self.whitening.loc)
-        return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+        if math.isinf(self.base_df):
+            return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+        scale = math.sqrt(1 - 2 / self.base_df)
+        df, scales = (torch.full_like(zeros, value) for value in (self.base_df, scale))
+        return dist.StudentT(df, zeros, scales).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """The map from N(0, I) to the unconstrained latents."""
+        """The map from the base to the unconstrained latents."""
         self._require_setup()
         return self.transform
 
@@ -219,10 +248,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
     ) -> dict[str, Tensor]:
         """Posterior quantiles of each latent, elementwise, from 10,000 draws: site -> `(len(quantiles), *shape)`."""
         samples = self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs)
-        return {
-            name: value.quantile(torch.as_tensor(quantiles).to(value), dim=0)
-            for name, value in samples.items()
-        }
+        return {name: elementwise_quantiles(value, quantiles) for name, value in samples.items()}
 
     def _sites(self) -> list[tuple[str, Any]]:
         """The latent sites of the prototype."""

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ..transforms import iaf, maf, nsf, planar, radial, realnvp, residual, sylvester
-from .base import AutoFlow, GuideOptions
+from .base import AutoFlow, FlowOptions
 
 
 class AutoPlanar(AutoFlow):
@@ -22,7 +22,7 @@ class AutoPlanar(AutoFlow):
         self,
         model: Callable[..., Any],
         num_transforms: int = 16,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         super().__init__(model, partial(planar, num_transforms=num_transforms), **options)
 
@@ -38,7 +38,7 @@ class AutoRadial(AutoFlow):
         self,
         model: Callable[..., Any],
         num_transforms: int = 16,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         super().__init__(model, partial(radial, num_transforms=num_transforms), **options)
 
@@ -56,7 +56,7 @@ class AutoSylvester(AutoFlow):
         num_transforms: int = 4,
         kind: str = "orthogonal",
         rank: int | None = None,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         flow = partial(sylvester, num_transforms=num_transforms, kind=kind, rank=rank)
         super().__init__(model, flow, **options)
@@ -73,7 +73,7 @@ class AutoRealNVP(AutoFlow):
         model: Callable[..., Any],
         num_transforms: int = 8,
         hidden_dims: Sequence[int] | None = None,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         flow = partial(realnvp, num_transforms=num_transforms, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
@@ -91,7 +91,7 @@ class AutoNSF(AutoFlow):
         num_transforms: int = 4,
         hidden_dims: Sequence[int] | None = None,
         kind: str = "coupling",
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         flow = partial(nsf, num_transforms=num_transforms, hidden_dims=hidden_dims, kind=kind)
         super().__init__(model, flow, **options)
@@ -108,7 +108,7 @@ class AutoIAF(AutoFlow):
         model: Callable[..., Any],
         num_transforms: int = 2,
         hidden_dims: Sequence[int] | None = None,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         flow = partial(iaf, num_transforms=num_transforms, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
@@ -126,7 +126,7 @@ class AutoMAF(AutoFlow):
         model: Callable[..., Any],
         num_transforms: int = 2,
         hidden_dims: Sequence[int] | None = None,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         flow = partial(maf, num_transforms=num_transforms, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
@@ -143,7 +143,7 @@ class AutoResidual(AutoFlow):
         model: Callable[..., Any],
         num_transforms: int = 4,
         hidden_dims: Sequence[int] | None = None,
-        **options: Unpack[GuideOptions],
+        **options: Unpack[FlowOptions],
     ):
         flow = partial(
             residual, num_transforms=num_transforms, hidden_dims=hidden_dims, exact_log_det=True

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from typing_extensions import Unpack
 
 from ..transforms import ComposeFlow, FlowTransform, Whitening, iaf, maf, nsf, realnvp
 from ..transforms._constrain import check_positive
+from ._augmented import AugmentedGuide
 from ._indexed import IndexedFlow, IndexedLayer
-from .base import AutoFlow, FlowFactory, GuideOptions
+from .base import FlowFactory, GuideOptions
 
 
 def _nsf_ar(input_dim: int, **options: Any) -> list[FlowTransform]:
@@ -34,7 +34,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-class AutoCIF(AutoFlow):
+class AutoCIF(AugmentedGuide):
     """A continuously indexed flow: z_0 ~ N(0, σ₀²), u_l ~ q_l(u | z_{l-1}), z_l = F_l(z_{l-1}; u_l) for l = 1 ... K.
 
     F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f (`transforms.IndexedTransform`), and latents =
@@ -64,8 +64,6 @@ class AutoCIF(AutoFlow):
     Normalising Flows; as a guide, Caterini, Cornish, Sejdinovic & Doucet 2021, Variational Inference with Continuously-
     Indexed Normalizing Flows.
     """
-
-    exact_log_prob = False
 
     def __init__(
         self,
@@ -108,11 +106,6 @@ class AutoCIF(AutoFlow):
         return IndexedFlow(layers(self.latent_dim), ComposeFlow(self._placement(loc)))
 
     @property
-    def _flow(self) -> IndexedFlow:
-        self._require_setup()
-        return self.transform  # type: ignore[return-value]
-
-    @property
     def whitening(self) -> Whitening:
         """The fixed affine map behind the flow; `whiten` sets it."""
         return self._flow.placement[-1]  # type: ignore[return-value]
@@ -124,46 +117,6 @@ class AutoCIF(AutoFlow):
         scale = self.whitening.loc.new_ones(self._flow.input_dim)
         scale[: self.latent_dim] = self._base_scale
         return dist.Normal(torch.zeros_like(scale), scale).to_event(1)
-
-    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """Raises `TypeError`: no one map takes noise to the latents."""
-        raise TypeError(
-            f"{type(self).__name__}: a continuously indexed flow has a map for every index, and no one transform "
-            "of the latents, as NeuTra needs; use AutoFlow"
-        )
-
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
-        """q(z, u_1, ..., u_K), of the unconstrained latents together with the indices: `(D + K · index_dim)`."""
-        return dist.TransformedDistribution(self.get_base_dist(), self._flow)
-
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Samples latents and indices, weighs them by 1 / r(u | z), and returns the latents, `(*, D)`."""
-        latent = super().sample_latent(*args, **kwargs)
-        log_r = self._flow.log_reverse(latent)
-        pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
-        return latent[..., : self.latent_dim]
-
-    def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
-        """Raises `TypeError`: log q(samples) is not known; `log_prob_bound` bounds it."""
-        raise TypeError(
-            f"{type(self).__name__}: log q(z) = log ∫ q(z, u) du is not known; use log_prob_bound, a lower bound, or "
-            "for importance weights diagnostics.importance, which weighs latents and indices together"
-        )
-
-    def log_prob_bound(self, samples: Mapping[str, Tensor], num_particles: int = 100) -> Tensor:
-        """Lower bound: log 1/K Σ_k q(samples, u_k) / r(u_k | samples), u_k ~ r, on log q, in constrained space.
-
-        Site -> `(*, *shape)` gives `(*)`, in nats, K = `num_particles`. Random: its mean is below log q, and rises to
-        it with K; the exponential is unbiased for q. -inf outside the support. Not for importance weights, which would
-        come out too large. Raises `ValueError` when the sites or shapes do not fit.
-        Cost: K inverse passes, in one batch.
-        """
-        num_particles = check_positive("num_particles", num_particles)
-        latent, ladj, inside = self._unconstrain(samples)
-        noise, (ladj_noise, log_r) = self._flow.pull(latent.expand(num_particles, *latent.shape))
-        log_w = self.get_base_dist().log_prob(noise) + ladj_noise - log_r
-        bound = log_w.logsumexp(0) - math.log(num_particles) - ladj
-        return torch.where(inside, bound, -torch.inf)
 
 
 def _make_layers(

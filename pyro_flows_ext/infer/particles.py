@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -15,10 +15,26 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-Program = Callable[..., Any]
+from ..guides._log_density import (
+    PARTICLES,
+    Program,
+    _nesting,
+    _sample_sites,
+    in_particles,
+    log_prob_by_particle,
+)
+from .path_gradients import is_delta
 
-# The plate of particles that run at once, under the name that Pyro's own bounds give theirs.
-PARTICLES = "num_particles_vectorized"
+__all__ = [
+    "PARTICLES",
+    "Particles",
+    "Program",
+    "draw_particles",
+    "in_particles",
+    "log_prob_by_particle",
+    "plate_nesting",
+    "why_not_vectorized",
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,8 @@ class Particles:
     """Draws z_1 ... z_N of a guide q, weighed against a model p.
 
     `samples`: latent site -> `(N, *shape)`, constrained. `log_joint`: log p(x, z_n) `(N)`. `log_guide`: log q(z_n)
-    `(N)`; with auxiliary guide sites, of the extended space. `log_likelihood`: observed site -> `(N, *batch)`, zero where masked.
+    `(N)`; with auxiliary guide sites, of the extended space. `log_likelihood`: observed site -> `(N, *batch)`, zero
+    where masked.
     """
 
     samples: dict[str, Tensor]
@@ -91,38 +108,114 @@ def why_not_vectorized(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> str | None:
-    """None if the model computes the same log joint for particles in a batch as one by one; otherwise the reason.
+    """None if model and guide compute the same for particles in a batch as one by one; otherwise the reason.
 
-    A model that sums over the wrong dimension does not fail when particles are added on the left, it is silently
-    wrong; so three particles are scored both ways, at the same values.
+    One that sums over the wrong dimension does not fail when particles are added on the left, it is silently wrong; so
+    three particles of the guide are scored both ways by both, at the same values, auxiliary ones included. A guide that
+    is a module is in evaluation mode for this: with dropout no two runs are the same.
     """
     kwargs = kwargs or {}
     num = 3
-    single = _traces(model, guide, args, kwargs)
-    nesting = _nesting(*single)
-    try:
-        model_trace, guide_trace = _traces(model, guide, args, kwargs, num, nesting)
-        together = _collect(model_trace, guide_trace, single, num, nesting).log_joint
-    except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
-        return f"with a batch of particles the model raises {type(error).__name__}: {error}"
+    with _evaluation_mode(guide), poutine.block():
+        single = _traces(model, guide, args, kwargs)
+        nesting = _nesting(*single)
+        many_guide = in_particles(guide, num, nesting)
+        many_model = in_particles(model, num, nesting)
+        who = "guide"
+        try:
+            drawn = _random_values(poutine.trace(many_guide).get_trace(*args, **kwargs))
+            # Again at these values, as alone: a flow would score its own draw by the pass that drew it.
+            guide_trace = _at(many_guide, drawn, args, kwargs)
+            alone = [_at(guide, v, args, kwargs) for v in _split(drawn, single[1], num)]
+            who = "model"
+            replayed = poutine.replay(many_model, trace=guide_trace)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            together = _collect(model_trace, guide_trace, single, num, nesting)
+        except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
+            return f"with a batch of particles the {who} raises {type(error).__name__}: {error}"
+        return _difference(model, together, model_trace, alone, args, kwargs)
+
+
+def _difference(
+    model: Program,
+    together: Particles,
+    model_trace: Trace,
+    alone: list[Trace],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> str | None:
+    """What differs between particles in a batch and the runs of each alone, those of the guide being given."""
+    advice = "declare every independent dimension with pyro.plate and index from the right"
     subsample = {
         name: site["value"] for name, site in _sample_sites(model_trace) if site_is_subsample(site)
     }
-    shapes = {name: site["value"].shape for name, site in _latents(single[1])}
-    for i in range(num):
-        values = {
-            name: site["value"][i].reshape(shapes[name]) for name, site in _latents(guide_trace)
-        }
+    for i, guide_trace in enumerate(alone):
+        values = {name: value[i] for name, value in together.samples.items()}
         conditioned = poutine.condition(model, data={**values, **subsample})
-        with poutine.block():
-            alone = poutine.trace(conditioned).get_trace(*args, **kwargs).log_prob_sum()
-        alone = torch.as_tensor(alone).to(together)
-        if not torch.allclose(together[i], alone, rtol=1e-4, atol=1e-3, equal_nan=True):
-            return (
-                f"the log joint of a particle is {alone.item():.6g} alone and {together[i].item():.6g} in a batch; "
-                "declare every independent dimension with pyro.plate and index from the right"
-            )
+        model_alone = poutine.trace(conditioned).get_trace(*args, **kwargs)
+        for name, site in _latents(guide_trace):
+            if not _close(values[name], site["value"], 1e-3):
+                return f"the guide draws another {name!r} for a particle alone than in a batch of the same; {advice}"
+        # Inverses of flows cost the guide some digits.
+        for what, of_batch, of_one, rtol, atol in (
+            ("log joint", together.log_joint[i], model_alone.log_prob_sum(), 1e-4, 1e-3),
+            ("guide's log density", together.log_guide[i], guide_trace.log_prob_sum(), 1e-3, 1e-2),
+        ):
+            one = torch.as_tensor(of_one).to(of_batch)
+            if not torch.allclose(of_batch, one, rtol=rtol, atol=atol, equal_nan=True):
+                numbers = f"{one.item():.6g} alone and {of_batch.item():.6g} in a batch"
+                return f"the {what} of a particle is {numbers}; {advice}"
     return None
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two values are the same up to this share of the largest number in them."""
+    a, b = a.float(), b.float()
+    largest = float(a.abs().nan_to_num().max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+
+
+def _random_values(guide_trace: Trace) -> Trace:
+    """The sites of a guide at which something is drawn, at copies of their values: no cache knows those.
+
+    What a `Delta` holds follows from the draws.
+    """
+    drawn = Trace()
+    for name, site in _sample_sites(guide_trace):
+        if not site["is_observed"] and not is_delta(site["fn"]):
+            drawn.add_node(name, **{**site, "value": site["value"].clone()})
+    return drawn
+
+
+def _split(drawn: Trace, single: Trace, num: int) -> list[Trace]:
+    """The draws of each particle alone, in the shapes of a run without particles."""
+    traces = [Trace() for _ in range(num)]
+    for name, site in _sample_sites(drawn):
+        if name in single.nodes:
+            for i, trace in enumerate(traces):
+                value, alone = site["value"], single.nodes[name]
+                if not site_is_subsample(site):
+                    value = value[i].reshape(alone["value"].shape)  # type: ignore[union-attr]
+                trace.add_node(name, **{**site, "value": value})
+    return traces
+
+
+def _at(program: Program, values: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    replayed = poutine.replay(program, trace=values)
+    return poutine.trace(replayed).get_trace(*args, **kwargs)
+
+
+@contextmanager
+def _evaluation_mode(program: Program) -> Iterator[None]:
+    modules = list(program.modules()) if isinstance(program, torch.nn.Module) else []
+    training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
 
 
 def _traces(
@@ -145,32 +238,12 @@ def _traces(
     return model_trace, guide_trace
 
 
-def in_particles(program: Program, num: int, nesting: int) -> Program:
-    """The program in a plate of `num` particles, left of its own `nesting` dimensions of plates."""
-    return pyro.plate(PARTICLES, num, dim=-nesting - 1)(program)  # type: ignore[no-any-return]
-
-
 @torch.no_grad()
 def plate_nesting(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> int:
     """How many plate dimensions model and guide use: `max_plate_nesting` of Pyro's ELBOs."""
     return _nesting(*_traces(model, guide, args, kwargs))
-
-
-def _nesting(*traces: Trace) -> int:
-    dims = [
-        frame.dim
-        for trace in traces
-        for _, site in _sample_sites(trace)
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims) if dims else 0
-
-
-def _sample_sites(trace: Trace) -> list[tuple[str, Any]]:
-    return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
 
 
 def _latents(guide_trace: Trace) -> list[tuple[str, Any]]:
@@ -216,15 +289,6 @@ def _collect(
         log_guide=log_guide,
         log_likelihood=likelihood,
     )
-
-
-def log_prob_by_particle(trace: Trace, num: int) -> Tensor:
-    """The log-density of a trace, scales and masks applied, of each of `num` particles: `(num)`."""
-    trace.compute_log_prob()
-    terms = [s["log_prob"] for _, s in _sample_sites(trace) if not site_is_subsample(s)]
-    return torch.stack(
-        [t.reshape(num, -1).sum(-1) if t.dim() else t.expand(num) for t in terms]
-    ).sum(0)
 
 
 def _cat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

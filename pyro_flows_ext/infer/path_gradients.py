@@ -47,7 +47,7 @@ class CutMessenger(Messenger):
             or not fn.has_rsample
         ):
             return
-        if inverts_slowly(fn) and paths_are_cheap(fn):
+        if _inverts_slowly(fn):
             live, cut, fn = _draw_with_density(fn)
         else:
             live = fn(*msg["args"], **msg["kwargs"])
@@ -85,24 +85,21 @@ class _Known(dist.TorchDistribution):
         return self._log_prob
 
 
-def inverts_slowly(fn: Any) -> bool:
-    """Whether this is the density of a flow over vectors that draws in one pass, and inverts by sweeps or roots."""
+def _inverts_slowly(fn: Any) -> bool:
+    """Whether this is the density of a flow over vectors that draws fast, and whose Jacobian is small."""
     if not isinstance(fn, torch.distributions.TransformedDistribution):
         return False
     transforms: list[Any] = fn.transforms
     if len(fn.event_shape) != 1 or fn.base_dist.event_shape != fn.event_shape:
         return False
-    if not all(isinstance(t, FlowTransform) for t in transforms):
+    if fn.event_shape[0] > MAX_JACOBIAN_DIM or not all(
+        isinstance(t, FlowTransform) for t in transforms
+    ):
         return False
     parts = [part for t in transforms for part in t.modules()]
     return any(isinstance(p, ITERATIVE) for p in parts) and not any(
         isinstance(p, InverseFlow) for p in parts
     )
-
-
-def paths_are_cheap(fn: Any) -> bool:
-    """Whether path gradients of this density cost less than an inverse by sweeps or roots."""
-    return not inverts_slowly(fn) or fn.event_shape[0] <= MAX_JACOBIAN_DIM
 
 
 def _draw_with_density(fn: Any) -> tuple[Tensor, Tensor, _Known]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -22,7 +23,6 @@ from ..guides import AutoFlow
 from .importance import ImportanceWeightedELBO
 from .log_density import nonfinite_ignored
 from .particles import Program, plate_nesting, why_not_vectorized
-from .path_gradients import paths_are_cheap
 from .warm_start import WarmStart
 from .warm_start import warm_start as find_warm_start
 
@@ -76,18 +76,19 @@ def fit(
 ) -> FitResult:
     """Trains `guide` on `model(*args, **model_kwargs)` by stochastic gradient ascent on the bound.
 
-    By default the ELBO with `num_particles` particles in one pass, or one by one, with a warning, where the model does not
-    vectorise (None: 64 in one pass, which takes little longer than 16, and 8 one by one). An `AutoFlow` is trained by its
-    path gradients (`ImportanceWeightedELBO` of one particle, "stl"), whose noise vanishes as the guide nears the posterior;
-    other guides, and flows whose paths would cost an inverse by sweeps in every step, by Pyro's `Trace_ELBO`. `loss` is any
-    Pyro ELBO, and then decides about particles.
+    By default the ELBO with `num_particles` particles in one pass, or one by one, with a warning, where model or guide
+    does not vectorise (None: 64 in one pass, which takes little longer than 16, and 8 one by one). An `AutoFlow` is
+    trained by path gradients (`ImportanceWeightedELBO` of one particle, "stl"), whose noise vanishes as
+    the guide nears the posterior; a step takes up to three times as long, where the flow inverts by sweeps. Other guides
+    get Pyro's `Trace_ELBO`. `loss` is any Pyro ELBO, and then decides about particles.
 
-    Adam's rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential" or "constant"); `optim` makes a torch
-    optimizer from parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to `clip_norm` jointly.
+    Adam's rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential" or "constant"); `optim` makes a
+    torch optimizer from parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to
+    `clip_norm` jointly.
 
     `warm_start`: whether to whiten the guide first by the best of several Gaussians (see `infer.warm_start`), so that
-    the flow trains on what they leave. "auto" does so for an `AutoFlow` that this call sets up: one that was set up before
-    may have been whitened or trained already.
+    the flow trains on what they leave. "auto" does so for an `AutoFlow` that this call sets up: one that was set up
+    before may have been whitened or trained already.
 
     A step whose loss or gradient is not finite changes nothing and is counted. `seed` makes the run reproducible,
     initial parameters included where the guide has none yet, and leaves the global generators as they were.
@@ -103,10 +104,11 @@ def fit(
         start = time.perf_counter()
         is_new = _set_up(guide, args, kwargs)
         begun = None
+        why_not = functools.cache(lambda: why_not_vectorized(model, guide, args, kwargs))
         if warm_start is True or (warm_start == "auto" and is_new and isinstance(guide, AutoFlow)):
-            begun = find_warm_start(model, guide, *args, model_kwargs=kwargs)  # type: ignore[arg-type]
+            begun = find_warm_start(model, guide, *args, model_kwargs=kwargs, why_not=why_not)  # type: ignore[arg-type]
         if loss is None:
-            loss = _elbo(model, guide, args, kwargs, num_particles)
+            loss = _elbo(model, guide, args, kwargs, num_particles, why_not)
         trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
         trainer.use(optim, lr, _decay(schedule, num_steps, final_lr))
         losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
@@ -239,8 +241,9 @@ def _elbo(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_particles: int | None,
+    why_not: Callable[[], str | None],
 ) -> ELBO:
-    reason = None if num_particles == 1 else why_not_vectorized(model, guide, args, kwargs)
+    reason = None if num_particles == 1 else why_not()
     if num_particles is None:
         num_particles = 64 if reason is None else 8
     if reason is not None:
@@ -249,7 +252,7 @@ def _elbo(
         "max_plate_nesting": plate_nesting(model, guide, args, kwargs),
         "vectorize_particles": reason is None,
     }
-    if isinstance(guide, AutoFlow) and paths_are_cheap(guide.get_posterior(*args, **kwargs)):
+    if isinstance(guide, AutoFlow):
         return ImportanceWeightedELBO(1, "stl", num_bounds=num_particles, **options)
     return Trace_ELBO(num_particles=num_particles, **options)
 

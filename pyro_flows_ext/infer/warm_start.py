@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,16 +41,19 @@ def warm_start(
     guide: AutoFlow,
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
+    why_not: Callable[[], str | None] | None = None,
 ) -> WarmStart:
     """Finds a Gaussian near the posterior and whitens `guide` with it, so that the flow trains on what is left.
 
     Candidates are the guide's start as it is; a short mean-field run; the Laplace approximation at every mode that four
     L-BFGS runs find (one where the model does not vectorise), and the best Gaussian along each run (Pathfinder); then a
-    short run with a full-rank scale (a diagonal one above 150 latents) in the coordinates of the best so far. The highest ELBO wins. No single one does
-    everywhere: modes of funnels lie where there is no mass, and gradient runs do not reach badly scaled posteriors.
+    short run with a full-rank scale (a diagonal one above 150 latents) in the coordinates of the best so far. The
+    highest ELBO wins. No single one does everywhere: modes of funnels lie where there is no mass, and gradient runs do
+    not reach badly scaled posteriors.
 
     Sets the guide up where it is not. Under a subsampled plate, where the log joint is random, only the gradient runs
-    are made. Raises `TypeError` for a guide that cannot be whitened, `ValueError` when no candidate has a finite ELBO.
+    are made. `why_not`: says why particles cannot run at once, or None, where the caller knows; by default that is
+    found out here. Raises `TypeError` for a guide that cannot be whitened, `ValueError` when no candidate has a finite ELBO.
     Cost: about 2000 evaluations of the model with 32 particles, and as many single ones.
     """
     if not isinstance(guide, AutoFlow):
@@ -60,8 +63,8 @@ def warm_start(
     kwargs = dict(model_kwargs or {})
     if guide.prototype_trace is None:
         guide.setup(*args, **kwargs)
-    is_vectorized = why_not_vectorized(model, guide, args, kwargs) is None
-    target = LogDensity(model, guide._sites(), args, kwargs, vectorized=is_vectorized)
+    reason = why_not_vectorized(model, guide, args, kwargs) if why_not is None else why_not()
+    target = LogDensity(model, guide._sites(), args, kwargs, vectorized=reason is None)
     start = guide.whitening
     search = _Search(target, Gaussian(start.loc.clone(), start.scale_tril.clone()))
     search.run()

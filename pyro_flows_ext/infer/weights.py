@@ -15,6 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..distributions import check_guide_site
 from .particles import PARTICLES
 from .path_gradients import is_delta
 
@@ -91,9 +92,10 @@ class _Term:
 
 
 def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
-    """Raises `ValueError` for a latent without reparameterised draws, or one that the guide leaves out."""
+    """Raises `ValueError` for a latent without reparameterised draws or with a bound for log q, or one that the guide leaves out."""
     for site in _sites(guide_trace):
         fn, name = site["fn"], site["name"]
+        check_guide_site(name, fn)
         if isinstance(fn, dist.Unit):
             if not fn.has_rsample:
                 raise ValueError(

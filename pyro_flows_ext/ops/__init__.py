@@ -2,11 +2,11 @@
 
 from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
-from .linalg import householder_columns, matvec, orthonormal_columns
+from .linalg import householder_columns, matvec, orthonormal_columns, turned_columns
 from .roots import monotone_root, tanh_root, triangular_tanh_root
 from .spectral import conv_norm_bound, spectral_norm_bound
 from .splines import rq_spline
-from .stats import effective_sample_size, pareto_smooth
+from .stats import effective_sample_size, pareto_smooth, quantiles
 from .trace import (
     Linearizable,
     Opaque,
@@ -35,10 +35,12 @@ __all__ = [
     "neumann_log_det",
     "orthonormal_columns",
     "pareto_smooth",
+    "quantiles",
     "roulette_weights",
     "rq_spline",
     "spectral_norm_bound",
     "tanh_root",
     "triangular_fixed_point",
     "triangular_tanh_root",
+    "turned_columns",
 ]

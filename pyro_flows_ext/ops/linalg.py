@@ -35,6 +35,19 @@ def orthonormal_columns(A: Tensor) -> Tensor:
     return Q * torch.where(diagonal < 0, -1.0, 1.0).to(Q.dtype).unsqueeze(-2)
 
 
+def turned_columns(Q: Tensor, V: Tensor) -> Tensor:
+    """(I - A/2)⁻¹ (I + A/2) Q with A = V Qᵀ - Q Vᵀ: Q turned towards Q + V, orthonormal for any V.
+
+    `Q: (*, D, M)` has orthonormal columns, `V: (*, D, M)`. A is antisymmetric, so that I - A/2 is never singular, and the
+    result and its derivatives in V are bounded. To first order it is Q + (V - Q Vᵀ Q). O(D³).
+    Source: the Cayley transform of Wen & Yin 2013, A feasible method for optimization with orthogonality constraints.
+    """
+    half = (V @ Q.mT) / 2
+    half = half - half.mT
+    eye = torch.eye(Q.shape[-2], dtype=Q.dtype, device=Q.device)
+    return torch.linalg.solve(eye - half, Q + half @ Q)
+
+
 def householder_columns(V: Tensor, num_columns: int | None = None) -> Tensor:
     """The first columns of the product of reflections H_1 ... H_K, H_i = I - 2 v_i v_iᵀ / ‖v_i‖².
 

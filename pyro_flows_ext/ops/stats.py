@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -13,6 +14,8 @@ MIN_TAIL = 5
 # Weights that differ by no more than this many units in the last place of their largest logarithm are one constant
 # with rounding noise; the shape of that noise is not a property of the guide.
 ROUNDING_ULPS = 16
+# Numbers that `torch.quantile` is given at a time: it takes 16 million at most.
+QUANTILE_CHUNK = 10_000_000
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -23,6 +26,14 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     """
     log_weights = log_weights.double()
     return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
+
+
+def quantiles(draws: Tensor, q: Sequence[float] | Tensor) -> Tensor:
+    """Quantiles q `(Q)` of each number over its draws, elementwise: `(S, *shape)` -> `(Q, *shape)`, for any shape."""
+    q = torch.as_tensor(q).to(draws)
+    columns = draws.reshape(len(draws), -1)
+    parts = columns.split(max(1, QUANTILE_CHUNK // len(draws)), 1)
+    return torch.cat([p.quantile(q, dim=0) for p in parts], -1).reshape(*q.shape, *draws.shape[1:])
 
 
 def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, Tensor]:

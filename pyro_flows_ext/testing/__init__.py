@@ -17,6 +17,9 @@ measured and the tolerance. A test framework reports each failure by itself when
 
 Transforms with random passes or batch statistics are under contract in eval mode: let the factory return
 `MyTransform(3).eval()`. Point 15 is about a package: `check_import_is_pure("my_package")`.
+
+Densities have a contract of their own, `check_density_contract(lambda: MyDensity(2))`, with its points in
+`DENSITY_POINTS`: see `testing.densities`.
 """
 
 from __future__ import annotations
@@ -28,6 +31,22 @@ import torch
 from typing_extensions import Unpack
 
 from .case import Case, ContractError, Factory, Options, perturb
+from .densities import (
+    check_density_bound,
+    check_density_integral,
+    check_density_scores,
+    check_density_shapes,
+    has_integral,
+)
+from .density_case import DensityCase, DensityFactory, DensityOptions
+from .density_programs import (
+    check_density_compiles,
+    check_density_copies,
+    check_density_device,
+    check_density_dtype,
+    check_density_plates,
+    check_density_trains,
+)
 from .modules import (
     check_compiles,
     check_copies,
@@ -123,7 +142,57 @@ def check_transform(
             point.check(factory, **options)
 
 
+class DensityCheck(Protocol):
+    """What the functions of all points of densities look like."""
+
+    def __call__(self, factory: DensityFactory, **options: Unpack[DensityOptions]) -> None: ...
+
+
+DENSITY_POINTS: dict[int, DensityCheck] = {
+    1: check_density_integral,
+    2: check_density_shapes,
+    3: check_density_scores,
+    4: check_density_bound,
+    5: check_density_plates,
+    6: check_density_trains,
+    7: check_density_copies,
+    8: check_density_dtype,
+    9: check_density_device,
+    10: check_density_compiles,
+}
+
+
+def check_density_contract(
+    factory: DensityFactory,
+    *,
+    points: Iterable[int] | None = None,
+    **options: Unpack[DensityOptions],
+) -> None:
+    """Runs the points of the contract on the density that `factory()` makes, in float64.
+
+    `points=None` runs all that apply: a grid (1) takes one or two dimensions and no batch, and a bound (4) needs
+    `reference=`. Raises `ContractError` at the first point that fails.
+    """
+    for number in DENSITY_POINTS if points is None else points:
+        if number not in DENSITY_POINTS:
+            raise ValueError(f"points: expected numbers of {list(DENSITY_POINTS)}, got {number!r}")
+        if points is None and not density_point_applies(number, factory, **options):
+            continue
+        DENSITY_POINTS[number](factory, **options)
+
+
+def density_point_applies(
+    number: int, factory: DensityFactory, **options: Unpack[DensityOptions]
+) -> bool:
+    """Whether a point says something about this density."""
+    if number == 1:
+        case = DensityCase(1, "integral", factory, **options)
+        return has_integral(case.at(case.module, case.context()))
+    return number != 4 or options.get("reference") is not None
+
+
 __all__ = [
+    "DENSITY_POINTS",
     "POINTS",
     "ContractError",
     "Point",
@@ -131,6 +200,17 @@ __all__ = [
     "check_compiles",
     "check_copies",
     "check_density",
+    "check_density_bound",
+    "check_density_compiles",
+    "check_density_contract",
+    "check_density_copies",
+    "check_density_device",
+    "check_density_dtype",
+    "check_density_integral",
+    "check_density_plates",
+    "check_density_scores",
+    "check_density_shapes",
+    "check_density_trains",
     "check_device",
     "check_dtype",
     "check_fresh_after_step",
@@ -144,6 +224,7 @@ __all__ = [
     "check_plates",
     "check_round_trip",
     "check_transform",
+    "density_point_applies",
     "integrate",
     "perturb",
 ]

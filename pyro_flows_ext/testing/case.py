@@ -1,4 +1,4 @@
-"""One transform under test: how it is built, what values it gets, how a failure is told."""
+"""One transform under test: how it is built, what values it gets, how a failure of anything under test is told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class ContractError(AssertionError):
-    """A transform breaks a point of the contract: `number` says which; the message adds by how much, if that is known."""
+    """Something breaks a point of its contract: `number` says which; the message adds by how much, if that is known."""
 
     def __init__(self, number: int, name: str, message: str):
         super().__init__(f"point {number} ({name}): {message}")
@@ -67,8 +67,49 @@ def perturb(
     return module
 
 
-class Case:
-    """A point of the contract applied to one factory; as a context manager, it turns any exception into its failure.
+class Judge:
+    """A point of a contract that is applied to something; as a context manager, it turns any exception into its failure."""
+
+    def __init__(self, number: int, name: str, dtype: torch.dtype):
+        self.number, self.name, self.dtype = number, name, dtype
+        self.tolerance = TOLERANCE[dtype]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ContractError):
+            raise self.error(f"{type(error).__name__}: {error}") from error
+
+    def error(self, message: str) -> ContractError:
+        return ContractError(self.number, self.name, f"{str(self.dtype)[6:]}, {message}")
+
+    def require(self, condition: bool, message: str) -> None:
+        """Fails with `message` unless `condition`."""
+        if not condition:
+            raise self.error(message)
+
+    def close(
+        self, what: str, actual: Tensor, expected: Tensor, tolerance: float | None = None
+    ) -> None:
+        """Fails unless |actual - expected| <= tolerance (1 + |expected|) everywhere; NaN fails."""
+        tolerance = self.tolerance if tolerance is None else tolerance
+        self.require(
+            actual.shape == expected.shape,
+            f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}",
+        )
+        difference = (actual - expected).abs() / (1 + expected.abs())
+        error = difference.nan_to_num(nan=math.inf).max().item() if difference.numel() else 0.0
+        self.require(error <= tolerance, f"{what}: error {error:.3g}, tolerance {tolerance:.3g}")
+
+
+class Case(Judge):
+    """A point of the contract applied to one factory.
 
     Raises `TypeError` when the factory makes no `FlowTransform` (with `context_dim`: no module with `condition`), and
     `ValueError` when `event_shape` is neither given nor to be read off the transform.
@@ -86,27 +127,14 @@ class Case:
         seed: int = 0,
         scale: float = 0.7,
     ):
-        self.number, self.name = number, name
+        super().__init__(number, name, dtype)
         self.factory, self.context_dim = factory, context_dim
-        self.dtype, self.seed, self.scale = dtype, seed, scale
-        self.tolerance = TOLERANCE[dtype]
+        self.seed, self.scale = seed, scale
         self._generator = torch.Generator().manual_seed(seed)
         self.module = self.build()
         self.event_shape = torch.Size(
             _read_event_shape(self.module) if event_shape is None else event_shape
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ContractError):
-            raise self.error(f"{type(error).__name__}: {error}") from error
 
     # --- what is tested ---
 
@@ -171,29 +199,6 @@ class Case:
         transform = self.bind(self.module, self.context())
         shape = transform.forward_shape(self.event_shape)
         return biject_to(transform.codomain)(2 * self.normal(*batch, *shape))
-
-    # --- how it fails ---
-
-    def error(self, message: str) -> ContractError:
-        return ContractError(self.number, self.name, f"{str(self.dtype)[6:]}, {message}")
-
-    def require(self, condition: bool, message: str) -> None:
-        """Fails with `message` unless `condition`."""
-        if not condition:
-            raise self.error(message)
-
-    def close(
-        self, what: str, actual: Tensor, expected: Tensor, tolerance: float | None = None
-    ) -> None:
-        """Fails unless |actual - expected| <= tolerance (1 + |expected|) everywhere; NaN fails."""
-        tolerance = self.tolerance if tolerance is None else tolerance
-        self.require(
-            actual.shape == expected.shape,
-            f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}",
-        )
-        difference = (actual - expected).abs() / (1 + expected.abs())
-        error = difference.nan_to_num(nan=math.inf).max().item() if difference.numel() else 0.0
-        self.require(error <= tolerance, f"{what}: error {error:.3g}, tolerance {tolerance:.3g}")
 
 
 def _read_event_shape(module: nn.Module) -> torch.Size:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -38,11 +40,19 @@ def check_density(factory: Factory, **options: Unpack[Options]) -> None:
         )
 
 
-@torch.no_grad()
-def integrate(density: dist.TransformedDistribution, *, seed: int = 0) -> Tensor:
-    """∫ q(y) dy for a density over `(1,)` or `(2,)`, by midpoints on a grid that is refined until two of them agree.
+def integrate(density: dist.TorchDistribution, *, seed: int = 0) -> Tensor:
+    """∫ q(y) dy for a density over `(1,)` or `(2,)`, by midpoints on a grid that is refined until two of them agree."""
+    return on_grid(density, seed=seed)[1].sum()
 
-    The box is that of 20,000 draws with a margin of a tenth; at most 1600 points a dimension.
+
+@torch.no_grad()
+def on_grid(
+    density: Any, *, seed: int = 0, resolutions: Sequence[int] = (200, 400, 800, 1600)
+) -> tuple[Tensor, Tensor]:
+    """Midpoints y `(G, D)` of the cells of a grid, D = 1 or 2, and the mass q(y) dy `(G)` of each, float64.
+
+    The grid is refined, over `resolutions` points a dimension, until its total settles; the box is that of 20,000 draws
+    with a margin of a tenth.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,16 +61,16 @@ def integrate(density: dist.TransformedDistribution, *, seed: int = 0) -> Tensor
     margin = 0.1 * (high - low)
     low, width = low - margin, high - low + 2 * margin
     last = torch.tensor(torch.inf)
-    for points in (200, 400, 800, 1600):
+    for points in resolutions:
         middle = (torch.arange(points, dtype=torch.float64) + 0.5) / points
         unit = torch.cartesian_prod(*[middle] * len(low)).reshape(-1, len(low))
-        grid = (low + width * unit).to(draws)
-        values = torch.cat([density.log_prob(part).exp() for part in grid.split(200_000)])
-        integral = values.double().mean() * width.prod()
-        if (integral - last).abs() < DENSITY_TOLERANCE / 10:
+        grid = low + width * unit
+        values = [density.log_prob(part.to(draws)).exp().double() for part in grid.split(200_000)]
+        mass = torch.cat(values) * width.prod() / len(grid)
+        if (mass.sum() - last).abs() < DENSITY_TOLERANCE / 10:
             break
-        last = integral
-    return integral
+        last = mass.sum()
+    return grid, mass
 
 
 def check_import_is_pure(package: str = "pyro_flows_ext") -> None:

@@ -160,9 +160,10 @@ def test_indices_that_do_nothing_leave_the_plain_flow():
             affine.loc.copy_(shift)
             affine.log_scale.copy_(math.log(1000) * (raw / math.log(1000)).tanh())
             parts += [affine, copy.deepcopy(layer.indexed.transform)]
-    plain = AutoFlow(model, lambda D: ComposeFlow([*parts]))
+    plain = AutoFlow(model, lambda D: ComposeFlow([*parts]), base_df=math.inf)
     plain.setup(Y)
-    plain.transform[-2].load_state_dict(guide.transform.placement[0].state_dict())
+    for i in (-3, -2):
+        plain.transform[i].load_state_dict(guide.transform.placement[i].state_dict())
     plain.whiten(guide.whitening.loc, guide.whitening.scale_tril)
     samples = guide.sample_posterior(6)
     torch.testing.assert_close(guide.log_prob_bound(samples, 1), plain.log_prob(samples))
@@ -183,7 +184,7 @@ def marginal(guide, s):
 
 def test_the_marginal_by_integration_is_that_of_the_draws():
     guide = one_layer()
-    z = torch.linspace(-10, 10, 501, dtype=torch.float64)
+    z = torch.linspace(-60, 60, 4001, dtype=torch.float64)
     density = (marginal(guide, z.exp()) + z).exp()
     cdf = torch.cumulative_trapezoid(density, z)
     assert cdf[-1].item() == pytest.approx(1, abs=1e-4)
@@ -204,7 +205,7 @@ def test_the_bound_rises_to_the_marginal_from_below():
         # The exponential is unbiased.
         assert (bounds - exact).exp().mean().item() == pytest.approx(1, abs=0.03)
     assert gaps[0] > 2 * gaps[1] > 0
-    assert gaps[2] == pytest.approx(0, abs=0.01)
+    assert gaps[2] == pytest.approx(0, abs=0.02)
 
 
 def test_the_bound_takes_any_leading_shape_and_differentiates():

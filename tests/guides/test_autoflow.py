@@ -182,6 +182,18 @@ def test_quantiles_and_median_agree_with_draws():
         assert ((median[name] - quantiles[name][1]).abs() < 0.1 * draws[name].std(0)).all()
 
 
+def test_quantiles_of_a_latent_of_many_numbers():
+    def wide():
+        pyro.sample("x", dist.Normal(torch.zeros(2000), 1.0).to_event(1))
+
+    loc = torch.arange(2000.0) / 1000
+    guide = AutoPlanar(wide, 1, init_loc_fn=init_to_value(values={"x": loc}))
+    guide.setup()
+    low, high = guide.quantiles([0.05, 0.95])["x"] - loc
+    torch.testing.assert_close(high, torch.full((2000,), 0.1645), atol=0.02, rtol=0.0)
+    torch.testing.assert_close(low, -high, atol=0.02, rtol=0.0)
+
+
 @every_guide
 def test_init_location_and_scale_are_honoured(guide_type):
     start = init_to_value(values={"mu": torch.tensor(3.0), "tau": torch.tensor(0.2)})

@@ -5,10 +5,24 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 
-from pyro_flows_ext.guides import AutoPlanar
+from pyro_flows_ext.guides import (
+    AutoAmortizedFlow,
+    AutoCIF,
+    AutoFlow,
+    AutoHamiltonian,
+    AutoIAF,
+    AutoMAF,
+    AutoNSF,
+    AutoPlanar,
+    AutoRadial,
+    AutoRealNVP,
+    AutoResidual,
+    AutoSylvester,
+)
 from pyro_flows_ext.infer.particles import draw_particles, why_not_vectorized
+from pyro_flows_ext.transforms import residual
 
 Y = torch.tensor([[0.5, 1.5], [-0.2, 0.9], [0.1, 0.4]])
 
@@ -54,7 +68,7 @@ def test_densities_are_those_of_a_single_trace(model):
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(flat_sum, "log joint of a particle"), (wrong_shape, "RuntimeError")],
+    [(flat_sum, "the log joint of a particle"), (wrong_shape, "the model raises RuntimeError")],
     ids=["silent", "loud"],
 )
 def test_models_that_do_not_vectorise_are_found_out(model, reason):
@@ -63,10 +77,101 @@ def test_models_that_do_not_vectorise_are_found_out(model, reason):
     assert reason in why_not_vectorized(model, guide, (Y,))
 
 
-def test_models_that_vectorise_pass():
-    guide = AutoNormal(nested)
-    guide(Y)
+def _list_of_guides(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoNSF(poutine.block(model, hide=["mu"]), 1))
+    guide.append(AutoNormal(poutine.block(model, expose=["mu"])))
+    return guide
+
+
+def _estimated_residual(model):
+    # In training mode every log-det is a random estimate.
+    return AutoFlow(model, lambda dim: residual(dim, num_transforms=1))
+
+
+GUIDES = [
+    AutoCIF,
+    AutoHamiltonian,
+    AutoIAF,
+    AutoMAF,
+    AutoNSF,
+    AutoPlanar,
+    AutoRadial,
+    AutoRealNVP,
+    AutoResidual,
+    AutoSylvester,
+    _estimated_residual,
+    _list_of_guides,
+    AutoNormal,
+    AutoMultivariateNormal,
+    AutoDelta,
+]
+
+
+@pytest.mark.parametrize("make", GUIDES, ids=lambda make: make.__name__.strip("_"))
+def test_guides_that_vectorise_pass(make):
+    guide = make(nested)
+    with torch.no_grad():
+        guide(Y)
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     assert why_not_vectorized(nested, guide, (Y,)) is None
+    assert guide.training
+
+
+@pytest.mark.parametrize("subsample_size", [3, 2], ids=["all", "some"])
+def test_an_amortized_guide_passes(subsample_size):
+    def local(y):
+        with pyro.plate("rows", 3, subsample_size=subsample_size) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y[index])
+
+    encoder = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(), torch.nn.Linear(4, 4))
+    guide = AutoAmortizedFlow(local, encoder)
+    guide.setup(Y)
+    assert why_not_vectorized(local, guide, (Y,)) is None
+
+
+def sums_in_the_density(y=Y):
+    """The scale's location is a sum over all there is."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("rows", 3, dim=-1):
+        pyro.sample("scale", dist.LogNormal(mu.sum(), 1.0))
+
+
+def sums_in_a_value(y=Y):
+    """The densities are right, and one latent is a sum over all particles."""
+    noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    mean = (noise.sum() + torch.zeros(2)).expand(*noise.shape, 2)
+    pyro.sample("mu", dist.Delta(mean, event_dim=1))
+    with pyro.plate("rows", 3, dim=-1):
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+
+def reshapes(y=Y):
+    """Cannot broadcast a batch of particles."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("rows", 3, dim=-1):
+        pyro.sample("scale", dist.LogNormal(mu.reshape(2)[0], 1.0))
+
+
+@pytest.mark.parametrize(
+    ("guide", "reason"),
+    [
+        (sums_in_the_density, "the guide's log density of a particle is"),
+        (sums_in_a_value, "the guide draws another 'mu' for a particle alone"),
+        (reshapes, "the guide raises RuntimeError"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_guides_that_do_not_vectorise_are_found_out(guide, reason):
+    assert reason in why_not_vectorized(nested, guide, (Y,))
+    # Then particles are drawn one by one, and right.
+    particles = draw_particles(nested, guide, (Y,), num_samples=4)
+    for i in range(4):
+        values = {name: value[i] for name, value in particles.samples.items()}
+        trace = poutine.trace(poutine.condition(nested, data=values)).get_trace(Y)
+        torch.testing.assert_close(particles.log_joint[i], trace.log_prob_sum())
 
 
 def test_scales_and_subsampled_likelihoods():

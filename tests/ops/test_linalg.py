@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from pyro_flows_ext.ops import householder_columns, matvec, orthonormal_columns
+from pyro_flows_ext.ops import (
+    householder_columns,
+    matvec,
+    orthonormal_columns,
+    turned_columns,
+)
 from pyro_flows_ext.ops.linalg import solve_triangular
 
 BROADCASTS = [
@@ -138,3 +143,27 @@ def test_a_zero_vector_reflects_nothing():
 def test_householder_columns_gradient():
     V = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda V: householder_columns(V, 2), V)
+
+
+@BATCHES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (5, 2)], ids=str)
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e4])
+def test_turned_columns_are_orthonormal(batch, shape, size):
+    Q = orthonormal_columns(torch.randn(*shape, dtype=torch.float64))
+    V = size * torch.randn(*batch, *shape, dtype=torch.float64)
+    V.requires_grad_()
+    turned = turned_columns(Q, V)
+    assert is_orthonormal(turned, 1e-10)
+    (gradient,) = torch.autograd.grad((turned * torch.randn_like(turned)).sum(), V)
+    assert gradient.isfinite().all()
+
+
+def test_turned_columns_by_the_definition():
+    Q = orthonormal_columns(torch.randn(4, 2, dtype=torch.float64))
+    V = torch.randn(4, 2, dtype=torch.float64)
+    A, eye = V @ Q.mT - Q @ V.mT, torch.eye(4, dtype=torch.float64)
+    expected = torch.linalg.inv(eye - A / 2) @ (eye + A / 2) @ Q
+    torch.testing.assert_close(turned_columns(Q, V), expected)
+    torch.testing.assert_close(turned_columns(Q, 0 * V), Q)
+    step = turned_columns(Q, 1e-6 * V) - Q
+    torch.testing.assert_close(1e6 * step, V - Q @ V.mT @ Q, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows_ext.ops import effective_sample_size, pareto_smooth
+from pyro_flows_ext.ops import effective_sample_size, pareto_smooth, quantiles
 
 
 def pareto_log_weights(k: float, size: int, seed: int) -> Tensor:
@@ -166,3 +166,22 @@ def test_effective_sample_size() -> None:
     )
     assert effective_sample_size(torch.full((3,), -inf)).isnan()
     assert effective_sample_size(torch.tensor([0.0, nan])).isnan()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_quantiles_are_by_element(shape) -> None:
+    draws = torch.randn(50, *shape)
+    result = quantiles(draws, [0.25, 0.5])
+    assert result.shape == (2, *shape)
+    torch.testing.assert_close(result[1], draws.quantile(0.5, dim=0))
+
+
+def test_quantiles_of_more_numbers_than_older_torch_takes_at_once(monkeypatch) -> None:
+    sizes, quantile = [], Tensor.quantile
+    monkeypatch.setattr(
+        Tensor, "quantile", lambda x, q, dim: (sizes.append(x.numel()), quantile(x, q, dim))[1]
+    )
+    draws = torch.arange(5.0)[:, None] + torch.arange(4_000_000.0)
+    torch.testing.assert_close(quantiles(draws, torch.tensor([0.25])), draws[1][None])
+    assert sum(sizes) == draws.numel()
+    assert max(sizes) <= 10_000_000

@@ -92,6 +92,52 @@ def test_orthogonal_is_continuous_where_an_entry_of_q_changes_sign(row, column):
     assert steps.max() < 20 * steps.max(-1).values.median() + 1e-3
 
 
+def by_one_context(dim, rank, direction):
+    """A conditional flow whose network emits c `direction` for q, for a context c `(1)`, and nothing else."""
+    flow = perturb(conditional_sylvester(dim, 1, (), rank=rank).double(), scale=0.3)
+    weight, bias = flow.hyper.net[0].weight, flow.hyper.net[0].bias
+    position = 0
+    with torch.no_grad():
+        weight.zero_()
+        bias.zero_()
+        for name, size in zip(flow.hyper.shapes, flow.hyper.sizes, strict=True):
+            if name == "q":
+                rows = slice(position, position + size)
+                weight[rows, 0] = direction(flow.transform.q).flatten()
+            position += size
+    return flow
+
+
+@pytest.mark.parametrize("rank", [3, 2], ids=["square", "low-rank"])
+def test_amortized_orthogonal_is_smooth_where_the_free_matrix_would_be_singular(rank):
+    flow = by_one_context(3, rank, lambda q: -2 * q)  # q + c h = (1 - 2c) q is zero at c = 1/2
+    context = torch.linspace(0, 1, 401, dtype=torch.float64).unsqueeze(-1).requires_grad_()
+    x = torch.randn(3, dtype=torch.float64)
+    y, ladj = flow.condition(context).forward_and_ladj(x)
+    (slope,) = torch.autograd.grad((y.sum(-1) + ladj).sum(), context, retain_graph=True)
+    assert slope.isfinite().all()
+    steps = (y[1:] - y[:-1]).detach().norm(dim=-1)
+    assert steps.max() < 0.05
+    gradients = torch.autograd.grad(ladj.sum(), list(flow.parameters()))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_amortized_orthogonal_goes_on_across_a_change_of_the_determinants_sign():
+    def towards(q):
+        h = torch.zeros_like(q)
+        h[..., -1] = -2 * q[..., -1]  # det(q + c h) = (1 - 2c) det q
+        return h
+
+    flow = by_one_context(4, 4, towards)
+    context = torch.linspace(0, 1, 401, dtype=torch.float64).unsqueeze(-1)
+    Q = flow.condition(context)._q().squeeze(1)
+    assert torch.det(Q).sign().unique().numel() == 1
+    assert (Q[1:] - Q[:-1]).norm(dim=(-2, -1)).max() < 0.05
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(4).double().expand_as(Q))
+    # It does depend on the context.
+    assert (Q[-1] - Q[0]).norm() > 0.5
+
+
 @kinds
 def test_values_far_out_come_back(kind):
     transform = perturb(sylvester(3, kind=kind, num_transforms=3).double())

@@ -1,0 +1,190 @@
+"""`ContinuouslyIndexedFlow`: a density of many flows, told apart by latent indices (Cornish et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+from typing_extensions import Self
+
+from ..transforms import FlowTransform
+from ..transforms._constrain import check_positive
+from ._bound import BoundedDensity
+from ._indexed_layer import Index, IndexedLayer
+from ._normal import affine_by, log_standard_normal
+from .base import TransformedDensity, log_prob_anywhere
+
+
+class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
+    """z_0 ~ base, u_l ~ p_l(u | z_{l-1}), z_l = F_l(z_{l-1}; u_l) for l = 1 ... L, x = z_L, of vectors `(*, D)`.
+
+    F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f (`transforms.IndexedTransform`). A different map for every u
+    makes holes, edges and separate parts that no one continuous map of a Gaussian has. Draws are exact. The density
+    log p(x) = log ∫ p(x, u) du is not known, and is bounded by means of inference densities q_l(u | z_l), trained along:
+
+        log p(x) >= E_q [log p(x, u) - log q(u | x)],    q(u | x) = q_L(u_L | x) q_{L-1}(u_{L-1} | z_{L-1}) ...
+
+    with equality where q(u | x) is p(u | x). `log_prob` is one draw of it, `log_prob_bound` its form with many particles.
+    Training on `log_prob` (`pyro.sample("x", flow, obs=x)`) is the ELBO; for the importance-weighted bound, datum by
+    datum in a plate, give Pyro the indices as latents:
+
+        def model(x):
+            pyro.module("flow", flow)
+            with pyro.plate("data", len(x), subsample_size=100) as i:
+                flow.model("x", x[i])
+
+        def guide(x):
+            with pyro.plate("data", len(x), subsample_size=100) as i:
+                flow.guide("x", x[i])
+
+        SVI(model, guide, optim, ImportanceWeightedELBO(num_particles=10, gradient="dreg"))
+
+    `base`: as in `FlowDistribution`. `transforms`: one `FlowTransform`, which makes one layer, or several, one a layer, as the
+    parts of a preset are (`maf(2, num_transforms=5)`). `index_dim`: the length of u_l. p_l and q_l are diagonal normals with
+    location and scale from networks of `index_hidden_dims`; s and t have `hidden_dims`. q_l sees f_l⁻¹(z_l), in which u_l
+    is but a shift and a scale. All of these networks start at zero, and the density as that of the plain flow.
+
+    Cost: `rsample` a forward pass, `log_prob` an inverse one, `log_prob_bound` K of them. Raises `TypeError` for a base or a transform of another kind,
+    `ValueError` for a base with parameters that would not train, and for events that are no vectors.
+
+    Source: Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
+    Normalising Flows.
+    """
+
+    def __init__(
+        self,
+        base: Distribution | nn.Module,
+        transforms: FlowTransform | Iterable[FlowTransform],
+        index_dim: int = 1,
+        hidden_dims: Sequence[int] = (10, 10),
+        index_hidden_dims: Sequence[int] = (50, 50),
+        *,
+        validate_args: bool | None = None,
+    ):
+        parts = list(transforms) if isinstance(transforms, Iterable) else [transforms]
+        if not parts:
+            raise ValueError("transforms: expected at least one FlowTransform, got none")
+        for part in parts:
+            if not isinstance(part, FlowTransform):
+                raise TypeError(f"transforms: expected FlowTransforms, got a {type(part).__name__}")
+        super().__init__(base, validate_args)
+        shaped = self._base_dist(event_dim=1)
+        if len(shaped.event_shape) != 1:
+            raise ValueError(
+                f"base: expected draws that are vectors (*, D), got events of shape {tuple(shaped.event_shape)}"
+            )
+        self._batch_shape, self._event_shape = shaped.batch_shape, shaped.event_shape
+        self.index_dim = check_positive("index_dim", index_dim)
+        (dim,) = self.event_shape
+        self.layers = nn.ModuleList(
+            IndexedLayer(part, dim, self.index_dim, tuple(hidden_dims), tuple(index_hidden_dims))
+            for part in parts
+        )
+
+    # --- the distribution ---
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Exact draws `(*sample_shape, *batch_shape, D)`, with a gradient where the base has one."""
+        return self._push(self._base_at_batch().rsample(torch.Size(sample_shape)))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Exact draws without a gradient: `(*sample_shape, *batch_shape, D)`."""
+        return self._push(self._base_at_batch().sample(torch.Size(sample_shape)))
+
+    @property
+    def support(self) -> Any:
+        return self.layers[-1].indexed.transform.codomain  # type: ignore[union-attr]
+
+    # --- the indices as latents of a Pyro program ---
+
+    def model(self, name: str, obs: Tensor | None = None) -> Tensor:
+        """Samples x at site `name`, and with `obs` the indices u_l at sites `{name}_u{l}`, l = 1 ... L: log p(obs, u) in all.
+
+        p(u | obs) has no normaliser that is known, so that the indices are N(0, I) here and the site `name` has the
+        rest, log p(obs, u) - Σ log N(u_l): a right joint density, to which any guide may be paired. Without `obs` there are no
+        indices, and a plain draw.
+        """
+        if obs is None:
+            return pyro.sample(name, self)
+        batch = self._check_value(obs)
+        zeros = obs.new_zeros(*batch, self.index_dim)
+        prior = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+        indices = [pyro.sample(f"{name}_u{l}", prior) for l in range(1, len(self.layers) + 1)]
+        return pyro.sample(name, _GivenIndices(self, indices), obs=obs)
+
+    def guide(self, name: str, obs: Tensor) -> None:
+        """Samples the indices of `model(name, obs)` from q(u | obs)."""
+        batch = self._check_value(obs)
+
+        def draw(l: int) -> Index:
+            def from_site(params: Tensor) -> Tensor:
+                loc, log_scale = affine_by(
+                    torch.zeros_like(params[..., : self.index_dim]), params, inverse=False
+                )
+                q = dist.Normal(loc, log_scale.exp()).to_event(1)
+                return pyro.sample(f"{name}_u{l}", q)
+
+            return from_site
+
+        self._pull(obs.expand(batch + self.event_shape), [draw(l + 1) for l in self._numbers])
+
+    # --- passes ---
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.layers))
+
+    def _base_at_batch(self) -> Any:
+        return self._base_dist(event_dim=1).expand(self.batch_shape)
+
+    def _push(self, z: Tensor) -> Tensor:
+        for layer in self.layers:
+            noise = torch.randn_like(z[..., :1].expand(*z.shape[:-1], self.index_dim))
+            z, _, _ = layer.push(z, noise)  # type: ignore[operator]
+        return z
+
+    def _pull(self, value: Tensor, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
+        """log p(value, u) and log q(u | value), `(*)` each, for `indices` u_1 ... u_L."""
+        z, log_p, log_q = value, [], []
+        for l in reversed(self._numbers):
+            z, noise, (ladj, log_r) = self.layers[l].pull(z, indices[l])  # type: ignore[operator]
+            log_p.append(ladj + log_standard_normal(noise))
+            log_q.append(log_r)
+        log_base = log_prob_anywhere(self._base_dist(event_dim=1), z)
+        return log_base + torch.stack(log_p).sum(0), torch.stack(log_q).sum(0)
+
+    def _log_weights(self, value: Tensor) -> Tensor:
+        log_p, log_q = self._pull(value, [None for _ in self._numbers])
+        return log_p - log_q
+
+
+class _GivenIndices(TorchDistribution):
+    """x beside its indices: `log_prob` is log p(x, u) - log N(u; 0, I), so that with u ~ N(0, I) the two are p(x, u)."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+
+    def __init__(self, flow: ContinuouslyIndexedFlow, indices: Sequence[Tensor]):
+        self.flow, self.indices = flow, indices
+        batch = torch.broadcast_shapes(*(u.shape[:-1] for u in indices))
+        super().__init__(batch, flow.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.flow.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        indices = [u.expand(*batch_shape, u.shape[-1]) for u in self.indices]
+        return type(self)(self.flow, indices)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        batch: Size = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        indices = [u.expand(*batch, u.shape[-1]) for u in self.indices]
+        log_p, _ = self.flow._pull(value.expand(*batch, -1), indices)
+        return log_p - torch.stack([log_standard_normal(u) for u in indices]).sum(0)
