@@ -93,6 +93,22 @@ def by_quadrature(flow: D.ContinuouslyIndexedFlow, x: torch.Tensor) -> torch.Ten
     return log_joint.logsumexp(-1) + torch.log(u[1, 0] - u[0, 0])
 
 
+class Counted(T.ElementwiseAffine):
+    """Writes down its passes."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.passes = []
+
+    def forward_and_ladj(self, x):
+        self.passes.append("forward")
+        return super().forward_and_ladj(x)
+
+    def inverse_and_ladj(self, y):
+        self.passes.append("inverse")
+        return super().inverse_and_ladj(y)
+
+
 def level(shape: tuple[int, int, int]) -> T.FlowTransform:
     """One level of a multi-scale flow."""
     return T.affine_coupling(shape, (4,))

@@ -279,6 +279,7 @@ def local_density(
     return density
 
 
+@torch.no_grad()
 def _check_outside(density: LocalDensity, guide: Program) -> None:
     trace = density._run(density.on_these_data(guide), 3)
     for name, site in _sample_sites(trace):

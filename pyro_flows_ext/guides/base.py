@@ -87,7 +87,8 @@ class AutoFlow(PortableGuide, AutoContinuous):
     The base z has independent coordinates of mean 0 and variance 1: Student's t with `base_df` degrees of freedom, which
     keeps importance weights bounded where a normal base would not, or normal for `base_df=math.inf`.
 
-    `flow` maps the latent dimension D to a `FlowTransform`, or names one of `FLOWS`. Behind it learn a sinh-arcsinh map t,
+    `flow` maps the latent dimension D to a `FlowTransform`, or names one of `FLOWS`; "iaf" is the one that did best on
+    reference posteriors (docs/results.md). Behind it learn a sinh-arcsinh map t,
     which gives each coordinate tails and skewness of its own, and an elementwise affine map (m, s); a fixed one (loc, L)
     places the guide: at first at `init_loc_fn`'s point with scale `init_scale`, or wherever `whiten` puts it. Device and
     dtype follow the model.
@@ -102,7 +103,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: str | FlowFactory,
+        flow: str | FlowFactory = "iaf",
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,

@@ -46,8 +46,8 @@ class AutoRadial(AutoFlow):
 class AutoSylvester(AutoFlow):
     """A guide of `num_transforms` Sylvester layers over all latents: see `AutoFlow` and `transforms.sylvester`.
 
-    `kind` is "orthogonal", "householder" or "triangular"; `rank=None` is full rank, O(KD²) parameters. The first
-    choice up to some hundred latents; a lower rank beyond.
+    `kind` is "orthogonal", "householder" or "triangular"; `rank=None` is full rank, O(KD²) parameters; take a lower
+    one beyond some hundred latents.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class AutoNSF(AutoFlow):
 class AutoIAF(AutoFlow):
     """A guide of `num_transforms` inverse autoregressive layers over all latents: see `AutoFlow` and `transforms.iaf`.
 
-    Draws, and scores its own draws, in one pass a layer; other values take sweeps.
+    The first choice: the best on reference posteriors, funnels among them. Draws, and scores its own draws, in one pass
+    a layer; other values take sweeps.
     """
 
     def __init__(

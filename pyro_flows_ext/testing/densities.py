@@ -29,19 +29,16 @@ def check_density_integral(factory: DensityFactory, **options: Unpack[DensityOpt
 
     The moments are those of a grid, first and second; tolerance: five standard errors of 20,000 draws. A bound with
     `log_prob_bound(value, num_particles)` is taken for the exponential of that, whose mean is the density (± 0.05).
-    Raises `ValueError` for events of three numbers and more, and for a bound without `log_prob_bound`.
+    Raises `ValueError` for events of three numbers and more, for a batch, and for a bound without `log_prob_bound`.
     """
     case = DensityCase(1, "integral", factory, **options)
     if not has_integral(case.at(case.module, case.context())):
         raise ValueError(
-            f"check_density_integral: expected an event of one or two numbers, got shape {tuple(case.event_shape)}, or a "
-            "log_prob that is a bound without log_prob_bound"
+            "check_density_integral: expected an exact density or one with log_prob_bound, without batch, and an event of "
+            f"one or two numbers, got shape {tuple(case.event_shape)}"
         )
     with case, torch.no_grad(), case.seeded():
         density = case.at(case.module, case.context())
-        # A batch of densities would have one grid for all; every row is tested where rows are.
-        if density.batch_shape:
-            raise ValueError("expected a density without batch dimensions")
         if density.exact_log_prob:
             tolerance = DENSITY_TOLERANCE
             grid, mass = on_grid(density, seed=case.seed)

@@ -57,7 +57,7 @@ def test_check_density_contract_refuses_what_is_no_density():
 @pytest.mark.parametrize(
     ("number", "name", "message"),
     [
-        (1, "flow-sylvester", r"an event of one or two numbers, got shape \(3,\)"),
+        (1, "flow-sylvester", r"event of one or two numbers, got shape \(3,\)"),
         (4, "flow-planar", "exact_log_prob=False and a reference"),
         (4, "indexed-realnvp", "exact_log_prob=False and a reference"),
     ],
