@@ -17,7 +17,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def run(target: Target, name: str, seed: int, steps: int) -> dict[str, Any]:
             )
         else:
             kind, tuned = name.split()
-            guide = STOCK[kind](target.model)
-            result = fit_stock(target, guide, tuned == "tuned", seed, steps)
+            with default_dtype(torch.float64):
+                guide = STOCK[kind](target.model)
+                result = fit_stock(target, guide, tuned == "tuned", seed, steps)
         seconds = time.perf_counter() - start
         pyro.set_rng_seed(1000 + seed)
         weighed = importance(guide, target.model, *target.args, num_samples=NUM_DRAWS)
@@ -98,7 +100,10 @@ def run(target: Target, name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def fit_stock(target: Target, guide: Any, tuned: bool, seed: int, steps: int) -> FitResult:
-    """One of Pyro's guides by its own loss, and the rate that falls as stated above."""
+    """One of Pyro's guides by its own loss, and the rate that falls as stated above.
+
+    Its flows make their parameters in torch's default dtype, whatever the model's.
+    """
     lr = 0.1 if tuned else 0.01
     if tuned:
         optim: Any = pyro.optim.ClippedAdam(
@@ -119,6 +124,16 @@ def fit_stock(target: Target, guide: Any, tuned: bool, seed: int, steps: int) ->
         seed=seed,
         progress=False,
     )
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def run_nuts(target: Target, seed: int) -> dict[str, Any]:

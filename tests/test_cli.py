@@ -4,13 +4,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from command_line import assert_one_line, contents, run
 
-from pyro_flows_ext.cli import main
 from pyro_flows_ext.cli.checkpoint import GUIDES, read_guide
 from pyro_flows_ext.cli.files import replaced_together
 
@@ -58,19 +57,6 @@ def model_file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text(MODEL)
     return path
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> SimpleNamespace:
-    try:
-        code = main([str(arg) for arg in argv])
-    except SystemExit as end:  # argparse
-        code = end.code
-    out, err = capsys.readouterr()
-    return SimpleNamespace(code=code, out=out, err=err)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def fit_mine(model_file: Path, attribute: str, *options: object) -> list[object]:
@@ -226,15 +212,6 @@ def test_half_a_guide_file(
 
 
 # --- failures: one line, an exit code, and earlier results as they were ---
-
-
-def assert_one_line(done: SimpleNamespace, code: int, message: str) -> None:
-    assert done.code == code
-    assert done.out == ""
-    assert done.err.count("\n") == 1
-    assert done.err.startswith("pyro-flows: ")
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(done.err)
 
 
 BAD_INPUT = {

@@ -85,33 +85,41 @@ def save_guide(path: Path, target: str, spec: GuideSpec, guide: AutoGuide, data:
     )
 
 
-def read_guide(path: Path) -> Checkpoint:
-    """The content of a file by `save_guide`; nothing but tensors, numbers and strings is ever read.
+def read_content(path: Path, form: str, version: int, command: str) -> dict[str, Any]:
+    """A dict of this form and version that `torch.save` wrote; nothing but tensors, numbers and strings is ever read.
 
-    Raises `ValueError` when the file is missing, cut short, or something else.
+    `form` ends in the name of what the file holds, and `command` writes it. Raises `ValueError` when the file is
+    missing, cut short, or something else.
     """
+    noun = form.split()[-1]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"no file {str(path)!r}: run pyro-flows fit first") from None
+        raise ValueError(f"no file {str(path)!r}: run pyro-flows {command} first") from None
     except OSError as error:
         raise ValueError(f"{str(path)!r}: {error.strerror or error}") from error
     except Exception as error:  # torch raises a dozen kinds for bytes that make no sense
-        raise ValueError(f"{str(path)!r} is not a guide, or only half of one") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is not a guide written by pyro-flows")
-    if content.get("version") != VERSION:
+        raise ValueError(f"{str(path)!r} is not a {noun}, or only half of one") from error
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise ValueError(f"{str(path)!r} is not a {noun} written by pyro-flows")
+    if content.get("version") != version:
         raise ValueError(
-            f"{str(path)!r} has format version {content.get('version')!r}, and this release reads {VERSION}: "
-            "fit again, or use the release that wrote it"
+            f"{str(path)!r} has format version {content.get('version')!r}, and this release reads {version}: "
+            f"{command} again, or use the release that wrote it"
         )
+    return content
+
+
+def read_guide(path: Path) -> Checkpoint:
+    """The content of a file by `save_guide`. Raises `ValueError` as `read_content` does."""
+    content = read_content(path, FORMAT, VERSION, "fit")
     guide = content.get("guide")
     well_formed = (
         isinstance(content.get("target"), str)
         and isinstance(guide, dict)
         and guide.get("kind") in list(GUIDES)
         and isinstance(guide.get("num_transforms"), int | None)
-        and all(_are_tensors(content.get(key)) for key in ("state", "data"))
+        and all(are_tensors(content.get(key)) for key in ("state", "data"))
     )
     if not well_formed or not isinstance(guide, dict):
         raise ValueError(
@@ -135,7 +143,8 @@ def rebuild_guide(checkpoint: Checkpoint, model: Callable[..., Any]) -> AutoGuid
     return guide
 
 
-def _are_tensors(value: Any) -> bool:
+def are_tensors(value: Any) -> bool:
+    """Whether this is a dict of tensors by name."""
     return isinstance(value, dict) and all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
     )

@@ -35,6 +35,17 @@ def load_data(path: str | Path) -> dict[str, Tensor]:
     return {key: _tensor(f"data {str(path)!r}, {key}", value) for key, value in arrays.items()}
 
 
+def scikit_learn_datasets() -> Any:
+    """`sklearn.datasets`; `ValueError` where it is not installed."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ValueError(
+            "this target's data come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
+    return datasets
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):

@@ -88,7 +88,7 @@ def print_fit(fitted: Fitted) -> None:
                 _mean_and_sd(*reference[row.parameter]) if row.parameter in reference else ""
             )
         rows.append(cells)
-    _print_table(f"{fitted.target.name}, {type(fitted.guide).__name__}", "parameter", columns, rows)
+    print_table(f"{fitted.target.name}, {type(fitted.guide).__name__}", "parameter", columns, rows)
     if len(fitted.rows) > MAX_ROWS:
         print(f"and {len(fitted.rows) - MAX_ROWS} more in summary.csv")
     result = fitted.result
@@ -117,12 +117,13 @@ def print_comparison(target: Target, fits: Mapping[str, Fitted], parameters: Seq
                 f"{fitted.result.seconds:.0f} s",
             ]
         )
-    _print_table(target.name, "guide", [*parameters, "k-hat", "ESS", "ELBO", "time"], rows)
+    print_table(target.name, "guide", [*parameters, "k-hat", "ESS", "ELBO", "time"], rows)
 
 
-def _print_table(
+def print_table(
     title: str, first: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
+    """A table whose first column is text, and the others numbers."""
     from rich import box
     from rich.console import Console
     from rich.measure import Measurement
@@ -138,7 +139,9 @@ def _print_table(
     console = Console(highlight=False)
     # A number cut short is worse than a line that wraps.
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    console.print(table, width=max(width, console.width), crop=False)
+    if width > console.width:
+        console = Console(highlight=False, width=width)
+    console.print(table, crop=False)
 
 
 def _number(value: float, sd: float) -> str:

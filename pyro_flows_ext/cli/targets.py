@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..distributions.energies import u1
-from .data import load_data
+from .data import load_data, scikit_learn_datasets
 
 Data = dict[str, Tensor]
 
@@ -170,13 +170,7 @@ def _schools_data() -> Data:
 
 def _sklearn_data(name: str, standardize_y: bool) -> Data:
     """A data set of scikit-learn with standardised columns; nothing is downloaded."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ValueError(
-            "this target's data come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    x, y = getattr(scikit_learn_datasets(), f"load_{name}")(return_X_y=True)
     tensors = {
         key: torch.as_tensor(value, dtype=torch.get_default_dtype())
         for key, value in {"x": x, "y": y}.items()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import MLP
-from ..transforms import FlowTransform, IndexedTransform
+from ..transforms import IndexedTransform
+from ..transforms.compose import at_context
+from ..transforms.indexed import Inner
 from ._normal import affine_by, draw_by, log_normal_by
 
 # u itself, or what draws it given the output of the reverse network; None draws from r.
@@ -20,39 +23,51 @@ class IndexedLayer(nn.Module):
 
     p(u | z) = N(u; μ, σ²) and r, normal too, are N(0, I) at first, whatever z and a. `hidden_dims` are those of the
     network of s and t, `index_hidden_dims` those of p and r, by default the same. See `IndexedTransform` for F.
+    With `context_dim` all of them see a context `(*, context_dim)` too, and f where it takes one.
     """
 
     def __init__(
         self,
-        transform: FlowTransform,
+        transform: Inner,
         input_dim: int,
         index_dim: int = 1,
         hidden_dims: Sequence[int] = (10, 10),
         index_hidden_dims: Sequence[int] | None = None,
+        context_dim: int = 0,
     ):
         super().__init__()
-        self.input_dim, self.index_dim = input_dim, index_dim
-        self.indexed = IndexedTransform(transform, index_dim, hidden_dims, input_dim=input_dim)
+        self.input_dim, self.index_dim, self.context_dim = input_dim, index_dim, context_dim
+        self.indexed = IndexedTransform(
+            transform, index_dim, hidden_dims, input_dim=input_dim, context_dim=context_dim
+        )
         wide = hidden_dims if index_hidden_dims is None else index_hidden_dims
-        self.index_net = MLP(input_dim, 2 * index_dim, wide, zero_last=True)
-        self.reverse_net = MLP(input_dim, 2 * index_dim, wide, zero_last=True)
 
-    def push(self, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def network() -> MLP:
+            return MLP(input_dim, 2 * index_dim, wide, context_dim=context_dim, zero_last=True)
+
+        self.index_net, self.reverse_net = network(), network()
+
+    def push(
+        self, z: Tensor, noise: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """F(z; u), u, and log|det| of the map from (z, ε) and log r, `(2, *)`."""
-        u, log_scale = affine_by(noise, self.index_net(z), inverse=False)
-        affine, f = self.indexed.condition(u)
+        u, log_scale = affine_by(noise, self.index_net(z, context), inverse=False)
+        affine, f = self.indexed.condition(u, context)
         a, ladj = affine.forward_and_ladj(z)
         value, inner = f.forward_and_ladj(a)
-        log_r = log_normal_by(u, self.reverse_net(a))
+        log_r = log_normal_by(u, self.reverse_net(a, context))
         return value, u, torch.stack([log_scale.sum(-1) + ladj + inner, log_r])
 
-    def pull(self, value: Tensor, u: Index = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull(
+        self, value: Tensor, u: Index = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """z, ε, and log|det| of the inverse map and log r, `(2, *)`."""
-        a, inner = self.indexed.transform.inverse_and_ladj(value)  # type: ignore[union-attr, operator]
-        reverse = self.reverse_net(a)
+        f: Any = self.indexed.transform
+        a, inner = (f if context is None else at_context(f, context)).inverse_and_ladj(value)
+        reverse = self.reverse_net(a, context)
         if not isinstance(u, Tensor):
             u = draw_by(reverse) if u is None else u(reverse)
-        affine, _ = self.indexed.condition(u)
+        affine, _ = self.indexed.condition(u, context)
         z, ladj = affine.inverse_and_ladj(a)
-        noise, log_scale = affine_by(u, self.index_net(z), inverse=True)
+        noise, log_scale = affine_by(u, self.index_net(z, context), inverse=True)
         return z, noise, torch.stack([log_scale.sum(-1) + ladj + inner, log_normal_by(u, reverse)])

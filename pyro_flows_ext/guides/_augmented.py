@@ -52,6 +52,15 @@ class AugmentedFlow(FlowTransform):
             return hit[2][1]
         return self._pull(*self._split("y", y))[1][1]
 
+    def log_prob_bound(self, base: Any, z: Tensor, num_particles: int) -> Tensor:
+        """log 1/K Σ_k base(x_k) |det ∂x_k/∂(z, u_k)| / r(u_k | z), u_k ~ r: `(*, D)` -> `(*)`, K = `num_particles`. Random.
+
+        Its mean is below log q(z) for noise x ~ `base`, and rises to it with K.
+        """
+        num_particles = check_positive("num_particles", num_particles)
+        noise, (ladj, log_r) = self.pull(z.expand(num_particles, *z.shape))
+        return (base.log_prob(noise) + ladj - log_r).logsumexp(0) - math.log(num_particles)
+
     def _split(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         check_event(name, x, self.input_dim)
         return x[..., : self.latent_dim], x[..., self.latent_dim :]
@@ -133,9 +142,6 @@ class AugmentedGuide(AutoFlow):
         come out too large. Raises `ValueError` when the sites or shapes do not fit.
         Cost: K inverse passes, in one batch.
         """
-        num_particles = check_positive("num_particles", num_particles)
         latent, ladj, inside = self._unconstrain(samples)
-        noise, (ladj_noise, log_r) = self._flow.pull(latent.expand(num_particles, *latent.shape))
-        log_w = self.get_base_dist().log_prob(noise) + ladj_noise - log_r
-        bound = log_w.logsumexp(0) - math.log(num_particles) - ladj
-        return torch.where(inside, bound, -torch.inf)
+        bound = self._flow.log_prob_bound(self.get_base_dist(), latent, num_particles)
+        return torch.where(inside, bound - ladj, -torch.inf)

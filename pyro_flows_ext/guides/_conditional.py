@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from pyro.distributions.conditional import ConditionalTransformModule
+from torch import nn
 
-from ..transforms import conditional_planar, conditional_sylvester, iaf, realnvp
+from ..transforms import (
+    ConditionalComposeFlow,
+    ConditionalElementwiseAffine,
+    conditional_planar,
+    conditional_sylvester,
+    iaf,
+    realnvp,
+)
+from ._indexed import IndexedFlow, IndexedLayer
+from .indexed import STEPS
 
-# (dimension of the latents, dimension of the context) -> a conditional transform.
+# (dimension of the latents, dimension of the context) -> a conditional transform; of "cif", its layers.
 ConditionalFactory = Callable[[int, int], ConditionalTransformModule]
 
 # How many layers a named flow has unless told otherwise.
-NUM_TRANSFORMS = {"planar": 8, "sylvester": 4, "iaf": 2, "realnvp": 4}
+NUM_TRANSFORMS = {"planar": 8, "sylvester": 4, "iaf": 2, "realnvp": 4, "cif": 2}
 
 
 def conditional_flow(
@@ -39,13 +50,29 @@ def conditional_flow(
     return partial(_flow, flow, num_transforms, hidden_dims)
 
 
+def placed(flow: Any, affine: ConditionalElementwiseAffine) -> ConditionalComposeFlow | IndexedFlow:
+    """What a factory made, or None, with an affine map behind it."""
+    if isinstance(flow, nn.ModuleList):  # of indexed layers
+        return IndexedFlow(list(flow), affine)  # type: ignore[arg-type]
+    return ConditionalComposeFlow([affine] if flow is None else [flow, affine])
+
+
 def _flow(
     name: str, num_transforms: int, hidden_dims: Sequence[int] | None, dim: int, context_dim: int
-) -> ConditionalTransformModule:
+) -> Any:
     if name in ("iaf", "realnvp"):
         make = {"iaf": iaf, "realnvp": realnvp}[name]
         return make(
             dim, num_transforms=num_transforms, hidden_dims=hidden_dims, context_dim=context_dim
+        )
+    if name == "cif":
+        widths = (64, 64) if hidden_dims is None else tuple(hidden_dims)
+        # Steps that draw in one pass, and have several modes where affine ones are poor at those.
+        steps = STEPS["nsf-ar"](
+            dim, num_transforms=num_transforms, hidden_dims=hidden_dims, context_dim=context_dim
+        )
+        return nn.ModuleList(
+            IndexedLayer(f, dim, hidden_dims=widths, context_dim=context_dim) for f in steps
         )
     hidden_dims = () if hidden_dims is None else hidden_dims  # linear in the features
     if name == "planar":

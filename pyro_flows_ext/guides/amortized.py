@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..ops import quantiles as elementwise_quantiles
-from ..transforms import ConditionalComposeFlow, ConditionalElementwiseAffine
-from ._conditional import ConditionalFactory, conditional_flow
+from ..transforms import ConditionalElementwiseAffine
+from ..transforms.compose import at_context
+from ._conditional import ConditionalFactory, conditional_flow, placed
 from ._data_plate import DataPlate, find_plate, indices_are_given
-from ._latents import constrain, unconstrain
-from ._local import check_same, read_latents
+from ._latents import Image, constrain, unconstrain
+from ._local import LocalLatent, check_same, read_latents
 from ._module import PortableGuide
 from ._prototype import argument_shapes, slim
 from .base import QUANTILE_DRAWS
@@ -35,12 +36,20 @@ CHUNK = 10_000_000
 class AutoAmortizedFlow(PortableGuide):
     """A guide for the latents of each datum: z_n = constrain(m(h_n) + s(h_n) ⊙ flow(ε; h_n)), h_n = encoder(x_n), ε ~ N(0, I).
 
-    All latents of a datum, of whatever supports and shapes, have one joint density, exact. `encoder`: any module
+    All latents of a datum, of whatever supports and shapes, have one joint density, exact but for "cif". `encoder`: any module
     `(N, *) -> (N, H)` that treats rows alone (batch normalisation in training mode does not); dtype and device follow its
-    output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf" or "realnvp", with `num_transforms` layers and
+    output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf", "realnvp" or "cif", with `num_transforms` layers and
     parameters that are linear in h (the first two) or come from networks that see h (`hidden_dims` for other networks); a
     callable from (D, H) to a conditional transform; or None for a Gaussian. log s and m are linear in h. The guide starts at
     the mean over the data of `init_loc_fn`'s points, with scale `init_scale` and hardly a flow, the same for every datum.
+
+    "cif" is a continuously indexed flow as in `AutoCIF`, of "nsf-ar" steps and one index a layer: for posteriors of a datum with
+    modes, edges and holes. log q(z_n | x_n) is known as a bound only: the auxiliary site `_{name}_latent` holds latents
+    and indices u_n, a factor `_{name}_r` of the plate is -log r(u_n | z_n, h_n), and for every datum
+
+        ELBO_n = E_q(z,u | h) [log p(x_n, z) + log r(u | z, h_n) - log q(z, u | h_n)]  <=  log p(x_n),
+
+    so that every ELBO is a bound, and importance weights go by datum.
 
     The plate: the one that all latents lie in (`plate` names it where there are several). Whether the model takes all
     data, a `subsample_size`, a `subsample` by argument, or arguments that are a mini-batch, a datum has the same posterior.
@@ -61,10 +70,10 @@ class AutoAmortizedFlow(PortableGuide):
     size; and for parameters of another guide in the parameter store.
 
     Source: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows; van den Berg et al. 2018, Sylvester
-    Normalizing Flows for Variational Inference.
+    Normalizing Flows for Variational Inference; for "cif", Caterini, Cornish, Sejdinovic & Doucet 2021, Variational
+    Inference with Continuously-Indexed Normalizing Flows.
     """
 
-    exact_log_prob = True
     _until_set_up = ("_flow_factory", "_init_loc_fn")
 
     def __init__(
@@ -90,6 +99,7 @@ class AutoAmortizedFlow(PortableGuide):
             raise ValueError(f"init_scale: expected a positive number, got {init_scale!r}")
         super().__init__(model)
         self._flow_factory = conditional_flow(flow, num_transforms, hidden_dims)
+        self.exact_log_prob = flow != "cif"
         self._encoder_inputs, self._plate_name = encoder_inputs, plate
         self._init_loc_fn, self._init_scale = init_loc_fn, init_scale
         self._given: dict[Any, bool] = {}
@@ -118,14 +128,13 @@ class AutoAmortizedFlow(PortableGuide):
         rows = self._plate.rows_of(self._select(args, kwargs), some)
         features = self._features(rows)
         loc, self.latent_dim = loc.to(features), len(loc)
-        parts: list[Any] = []
-        if self._flow_factory is not None:
-            parts.append(self._flow_factory(len(loc), features.shape[-1]))
+        make = self._flow_factory
+        flow = None if make is None else make(len(loc), features.shape[-1])
         affine = ConditionalElementwiseAffine(len(loc), features.shape[-1], hidden_dims=())
         start: Any = affine.transform
         start.loc.copy_(loc)
         start.log_scale.fill_(math.log(self._init_scale))
-        self.transform = ConditionalComposeFlow([*parts, affine]).to(loc)
+        self.transform = placed(flow, affine).to(loc)
         self._posterior(rows).sample()  # a flow of another dimension raises here
         self.prototype_trace = slim(list(trace.iter_stochastic_nodes()))
         self._check_param_store()
@@ -201,12 +210,20 @@ class AutoAmortizedFlow(PortableGuide):
         return features
 
     def _posterior(self, rows: Tensor, dim: int = -1) -> dist.TransformedDistribution:
-        """The joint density of the unconstrained latents by row, with the rows at dimension `dim` of its batch shape."""
+        """The joint density of the unconstrained latents by row, with the rows at dimension `dim` of its batch shape.
+
+        Of a "cif" that of the latents followed by their indices.
+        """
         features = self._features(rows)
         context = features.reshape(len(rows), *(1,) * (-dim - 1), -1)
-        zeros = context.new_zeros(*context.shape[:-1], self.latent_dim)
+        size: Any = self.latent_dim if self.exact_log_prob else self.transform.input_dim
+        zeros = context.new_zeros(*context.shape[:-1], size)
         base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
-        return dist.TransformedDistribution(base, self.transform.condition(context))
+        return dist.TransformedDistribution(base, at_context(self.transform, context))
+
+    def _latents_of(self, vector: Tensor) -> Iterator[tuple[LocalLatent, Image]]:
+        """The latents, constrained, in draws of the posterior."""
+        return constrain(vector[..., : self.latent_dim], self._latents)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples the latents of the data that the model takes; the same arguments as the model's."""
@@ -223,9 +240,12 @@ class AutoAmortizedFlow(PortableGuide):
         with plate.handlers(), plates[plate.name]:
             name = f"_{self._pyro_name}_latent"
             vector = pyro.sample(name, posterior, infer={"is_auxiliary": True})
+            if not self.exact_log_prob:
+                log_r = posterior.transforms[0].log_reverse(vector)
+                pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
             # The dimensions on the right of the plate, all 1, go: a latent's own plates are in its shape.
             vector = vector.reshape(*vector.shape[: plate.dim], -1)
-            for latent, image in constrain(vector, self._latents):
+            for latent, image in self._latents_of(vector):
                 with ExitStack() as stack:
                     for inner, _, _ in latent.inner:
                         stack.enter_context(plates[inner])
@@ -256,13 +276,42 @@ class AutoAmortizedFlow(PortableGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         vector = self._posterior(self._select(args, kwargs)).sample(torch.Size([num_samples]))
-        return {latent.name: image.v for latent, image in constrain(vector, self._latents)}
+        return {latent.name: image.v for latent, image in self._latents_of(vector)}
 
     def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """log q(z_n | x_n), exact, in constrained space, for every row x_n: site -> `(*, N, *shape)` gives `(*, N)`.
 
-        For values from anywhere; -inf outside the support. Raises `ValueError` when sites, shapes or rows do not fit.
+        For values from anywhere; -inf outside the support. Raises `ValueError` when sites, shapes or rows do not fit, and
+        `TypeError` for a "cif", of which log q is not known.
         """
+        if not self.exact_log_prob:
+            raise TypeError(
+                f'{type(self).__name__}(flow="cif"): log q(z_n | x_n) = log ∫ q(z_n, u | x_n) du is not known; use '
+                "log_prob_bound, a lower bound, or for importance weights ImportanceWeightedELBO or diagnostics.importance, "
+                "which weigh latents and indices together"
+            )
+        posterior, vector, ladj, inside = self._at(samples, args, kwargs)
+        return torch.where(inside, posterior.log_prob(vector) - ladj, -torch.inf)
+
+    def log_prob_bound(
+        self, samples: Mapping[str, Tensor], *args: Any, num_particles: int = 100, **kwargs: Any
+    ) -> Tensor:
+        """Lower bound: log 1/K Σ_k q(z_n, u_k | x_n) / r(u_k | z_n, x_n), u_k ~ r, on log q(z_n | x_n), for flow="cif".
+
+        Shapes and errors as in `log_prob`; K = `num_particles`. Random: its mean rises to log q with K, its exponential is
+        unbiased for q. Not for importance weights, which would come out too large. log q itself for any other flow.
+        """
+        if self.exact_log_prob:
+            return self.log_prob(samples, *args, **kwargs)
+        posterior, vector, ladj, inside = self._at(samples, args, kwargs)
+        flow: Any = posterior.transforms[0]
+        bound = flow.log_prob_bound(posterior.base_dist, vector, num_particles)
+        return torch.where(inside, bound - ladj, -torch.inf)
+
+    def _at(
+        self, samples: Mapping[str, Tensor], args: Any, kwargs: Any
+    ) -> tuple[dist.TransformedDistribution, Tensor, Tensor, Tensor]:
+        """The posterior of every row, and what `unconstrain` makes of the samples."""
         self._require_setup()
         vector, ladj, inside = unconstrain(samples, self._latents)
         rows = self._select(args, kwargs)
@@ -271,8 +320,7 @@ class AutoAmortizedFlow(PortableGuide):
                 f"samples: expected values of shape (*, {len(rows)}, *), one for each row to encode, got the leading shape "
                 f"{tuple(ladj.shape)}"
             )
-        posterior = self._posterior(rows)
-        return torch.where(inside, posterior.log_prob(vector) - ladj, -torch.inf)
+        return self._posterior(rows), vector, ladj, inside
 
     @torch.no_grad()
     def quantiles(
@@ -288,7 +336,7 @@ class AutoAmortizedFlow(PortableGuide):
             parts.append(
                 {
                     latent.name: elementwise_quantiles(image.v, quantiles)
-                    for latent, image in constrain(vector, self._latents)
+                    for latent, image in self._latents_of(vector)
                 }
             )
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}

@@ -20,16 +20,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..guides import AutoFlow
+from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded
 from .importance import ImportanceWeightedELBO
 from .log_density import nonfinite_ignored
 from .particles import Program, plate_nesting, why_not_vectorized
 from .warm_start import WarmStart
 from .warm_start import warm_start as find_warm_start
 
-OptimFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-
-# A step whose loss or gradient is not finite is skipped; so many in a row mean that no step will ever be finite.
-MAX_BAD_STEPS = 100
 # Windows of this share of the run, in its middle and at its end, are compared for convergence. The last two would
 # not do: a rate that falls to nothing levels any loss.
 WINDOW = 0.1
@@ -96,11 +93,12 @@ def fit(
     Raises `ValueError` for arguments out of range and `FloatingPointError` after 100 steps in a row without a finite
     gradient.
     """
-    _check_settings(num_steps, lr, 1 if num_particles is None else num_particles, schedule)
+    particles = 1 if num_particles is None else num_particles
+    check_settings(lr, schedule, num_steps=num_steps, num_particles=particles)
     if warm_start not in (True, False, "auto"):
         raise ValueError(f'warm_start: expected True, False or "auto", got {warm_start!r}')
     kwargs = dict(model_kwargs or {})
-    with _seeded(seed):
+    with seeded(seed):
         start = time.perf_counter()
         is_new = _set_up(guide, args, kwargs)
         begun = None
@@ -110,7 +108,7 @@ def fit(
         if loss is None:
             loss = _elbo(model, guide, args, kwargs, num_particles, why_not)
         trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
-        trainer.use(optim, lr, _decay(schedule, num_steps, final_lr))
+        trainer.use(optim, lr, decay(schedule, num_steps, final_lr))
         losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
         bad, skipped = 0, 0
         for step in _progress(num_steps, losses, progress):
@@ -214,18 +212,6 @@ class _Trainer:
         self.optimizer.step()
 
 
-def _check_settings(num_steps: int, lr: float, num_particles: int, schedule: str) -> None:
-    for name, value in (("num_steps", num_steps), ("num_particles", num_particles)):
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr: expected a positive number, got {lr!r}")
-    if schedule not in ("cosine", "exponential", "constant"):
-        raise ValueError(
-            f'schedule: expected "cosine", "exponential" or "constant", got {schedule!r}'
-        )
-
-
 def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Creates the guide's parameters now, inside the seed, and without a graph; whether it had none before."""
     if not isinstance(guide, AutoGuide) or guide.prototype_trace is not None:
@@ -255,14 +241,6 @@ def _elbo(
     if isinstance(guide, AutoFlow):
         return ImportanceWeightedELBO(1, "stl", num_bounds=num_particles, **options)
     return Trace_ELBO(num_particles=num_particles, **options)
-
-
-def _decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]:
-    if schedule == "cosine":
-        return lambda i: final + (1 - final) * (1 + math.cos(math.pi * i / num_steps)) / 2
-    if schedule == "exponential":
-        return lambda i: final ** (i / num_steps)
-    return lambda i: 1.0
 
 
 def _progress(num_steps: int, losses: Tensor, show: bool) -> Iterator[int]:
@@ -295,20 +273,6 @@ def _mean_and_se(window: Tensor) -> tuple[float, float]:
     if len(window) < 2:
         return (window.mean().item() if len(window) else math.nan), math.inf
     return window.mean().item(), (window.std() / len(window) ** 0.5).item()
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seeds every generator Pyro knows, and puts them back as they were."""
-    if seed is None:
-        yield
-        return
-    state = pyro.util.get_rng_state()
-    try:
-        pyro.set_rng_seed(seed)
-        yield
-    finally:
-        pyro.util.set_rng_state(state)
 
 
 @contextmanager

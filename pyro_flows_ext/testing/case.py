@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import pyro.distributions as dist
 import torch
@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from typing_extensions import Self
 
 from ..transforms import FlowTransform
+from ..transforms._constrain import find_event_shape
 
 Factory = Callable[[], nn.Module]
 
@@ -36,7 +37,7 @@ class ContractError(AssertionError):
 class Options(TypedDict, total=False):
     """What every check takes beside the factory.
 
-    `event_shape`: shape of one input; by default `(input_dim,)`, read off the transform. `context_dim`: last
+    `event_shape`: shape of one input; by default by `input_dim`, read off the transform. `context_dim`: last
     dimension of the context of a conditional transform. `dtype`: float64 by default. `seed`: 0 by default. `scale`: of
     the perturbation, .7 by default; a stack of layers needs less, since their condition numbers multiply.
     """
@@ -202,11 +203,10 @@ class Case(Judge):
 
 
 def _read_event_shape(module: nn.Module) -> torch.Size:
-    """`(input_dim,)` from the first part of the module that has one; `ValueError` if none has."""
-    for part in module.modules():
-        dim: Any = getattr(part, "input_dim", None)
-        if isinstance(dim, int):
-            return torch.Size((dim,))
-    raise ValueError(
-        f"event_shape: {type(module).__name__} has no input_dim to read it from; give event_shape=(D,)"
-    )
+    """The shape by the `input_dim` of the first part of the module that has one; `ValueError` if none has."""
+    shape = find_event_shape(module)
+    if shape is None:
+        raise ValueError(
+            f"event_shape: {type(module).__name__} has no input_dim to read it from; give event_shape=(D,)"
+        )
+    return shape

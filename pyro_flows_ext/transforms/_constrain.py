@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 
 # Where images (C, H, W) live.
 IMAGE = constraints.independent(constraints.real, 3)
@@ -78,3 +79,12 @@ def read_event_shape(input_dim: int | Sequence[int]) -> torch.Size:
     if len(shape) not in (1, 3):
         raise ValueError(f"input_dim: expected D or (C, H, W), got {input_dim!r}")
     return torch.Size(check_positive("input_dim", size) for size in shape)
+
+
+def find_event_shape(module: nn.Module) -> torch.Size | None:
+    """The event shape by the `input_dim` of the first part of a module that has one; None where none has."""
+    for part in module.modules():
+        input_dim: Any = getattr(part, "input_dim", None)
+        if isinstance(input_dim, int | Sequence):
+            return read_event_shape(input_dim)
+    return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..nn import MLP
-from ._constrain import bounded_affine, check_event, check_positive
+from ._constrain import bounded_affine, check_event, check_positive, find_event_shape
 from .base import FlowTransform
 from .compose import ComposeFlow, at_context, reads_context
 from .conditional import ConditionalModule
@@ -144,16 +144,13 @@ class _Affine(FlowTransform):
 
 
 def _read_input_dim(transform: nn.Module) -> int:
-    for part in transform.modules():
-        size = getattr(part, "input_dim", None)
-        if isinstance(size, int):
-            return size
-        if isinstance(size, Sequence):
-            return size[0]  # the channels of (C, H, W)
-    raise ValueError(
-        f"input_dim: {type(transform).__name__} has none to read; give input_dim, the length of its vectors or the "
-        "number of channels of its images"
-    )
+    shape = find_event_shape(transform)
+    if shape is None:
+        raise ValueError(
+            f"input_dim: {type(transform).__name__} has none to read; give input_dim, the length of its vectors or the "
+            "number of channels of its images"
+        )
+    return shape[0]  # D, or the channels of (C, H, W)
 
 
 def indexed(

@@ -3,6 +3,7 @@
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import nn
 
 from pyro_flows_ext.guides import AutoAmortizedFlow
@@ -69,3 +70,23 @@ def perturbed(model, *args, dtype=torch.float64, **options):
         for p in guide.parameters():
             p.add_(0.3 * torch.randn_like(p) / max(1, p.shape[-1]) ** 0.5 if p.dim() else 0.0)
     return guide
+
+
+# --- continuously indexed ---
+
+CIF = {"flow": "cif", "hidden_dims": (16,)}
+LATENT, REVERSE = "_AutoAmortizedFlow_latent", "_AutoAmortizedFlow_r"
+
+
+def terms(trace):
+    """log q(z_n, u_n) and log r(u_n | z_n) by datum."""
+    trace.compute_log_prob()
+    sites = [trace.nodes[name] for name in (LATENT, REVERSE)]
+    assert all("data" in {f.name for f in site["cond_indep_stack"]} for site in sites)
+    assert all(site["infer"]["is_auxiliary"] for site in sites)
+    return sites[0]["unscaled_log_prob"], -sites[1]["unscaled_log_prob"]
+
+
+def at(guide, value, x, **kwargs):
+    """A trace of the guide at latents and indices that no pass has drawn."""
+    return poutine.trace(poutine.condition(guide, {LATENT: value})).get_trace(x, **kwargs)

@@ -1,0 +1,221 @@
+"""`pyro-flows density`: learn the density of rows of numbers, and say how well rows that it has not seen fit it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from ...distributions import Density
+from ...infer import DensityFitResult, fit_density
+from ..failures import failing_with, writing
+from ..report import print_table, write_npz
+from .checkpoint import read_density, save_density
+from .data import Rows, Split, load_rows, split_rows
+from .flows import FLOWS, DensitySpec
+from .pictures import write_loss, write_samples
+from .scores import Score, gaussian, score, standard_error
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained density, how training went, and how the test rows score by it and by a Gaussian."""
+
+    rows: Rows
+    split: Split
+    spec: DensitySpec
+    result: DensityFitResult
+    test: Score
+    baseline: Score
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """Nats a row over the Gaussian, row by row, and their standard error."""
+        gain = self.test.values - self.baseline.values
+        return gain.mean().item(), standard_error(gain)
+
+
+def density_command(args: argparse.Namespace) -> None:
+    """Trains a density, and writes it with its scores and pictures."""
+    pyro.set_rng_seed(args.seed)
+    with failing_with(2, ValueError, TypeError, OSError):
+        rows = load_rows(
+            args.target, num_rows=args.rows, seed=args.seed, key=args.key, columns=args.columns
+        )
+        spec = _spec(rows, args)
+        split = Split(*(_shaped(part, spec) for part in split_rows(rows.values, args.seed)))
+        if not spec.dequantizes:
+            _check_varies(rows, split.train.flatten(1))
+        density = spec.build(split.train)
+    with writing(args.output) as scratch, failing_with(1, Exception):
+        learned = _learn(rows, split, spec, density, args)
+        save_density(scratch / "density.pt", rows.name, rows.columns, spec, density)
+        (scratch / "density.json").write_text(json.dumps(summary(learned, args), indent=1))
+        shuffled = torch.cat([split.test, split.validation, split.train]).flatten(1)
+        write_samples(rows, shuffled, density, scratch / "samples.png")
+        write_loss(learned.result, scratch / "loss.png")
+    if not args.quiet:
+        print_learned(learned)
+        print(f"wrote density.pt, density.json, samples.png, loss.png to {args.output}")
+
+
+def draw_from_density(args: argparse.Namespace, output: Path) -> None:
+    """Draws from the density in a directory, `x` of shape `(N, *event_shape)` in an .npz."""
+    with failing_with(2, ValueError):
+        if args.target is not None:
+            raise ValueError(
+                "--target: expected none, since no model is needed to draw from a density"
+            )
+        saved = read_density(args.directory / "density.pt")
+    with failing_with(1, RuntimeError, ValueError):
+        x = saved.density.sample((args.num_samples,))
+    with writing(output.parent) as scratch:
+        write_npz({"x": x.numpy()}, scratch / output.name)
+
+
+def _learn(
+    rows: Rows, split: Split, spec: DensitySpec, density: Density, args: argparse.Namespace
+) -> Learned:
+    result = fit_density(
+        density,
+        split.train,
+        validation=split.validation,
+        batch_size=args.batch_size,
+        num_steps=args.steps,
+        lr=args.lr,
+        patience=args.patience,
+        seed=args.seed,
+        progress=not args.quiet and sys.stderr.isatty(),  # a log would fill with bars
+    )
+    test = score(density, split.test, args.particles)
+    num_particles = test.num_particles or args.particles  # an estimate has the bound of one draw
+    baseline = score(gaussian(spec, split), split.test.flatten(1), num_particles)
+    return Learned(rows, split, spec, result, test, baseline)
+
+
+# --- what is asked for ---
+
+
+def _spec(rows: Rows, args: argparse.Namespace) -> DensitySpec:
+    """The density that the arguments and the rows call for."""
+    of_images = FLOWS[args.flow].of_images
+    event_shape: tuple[int, ...] = tuple(rows.values.shape[1:])
+    if of_images and rows.image_shape is not None:
+        event_shape = rows.image_shape
+    dequantize, num_levels = args.dequantize, rows.num_levels
+    if dequantize is None:
+        dequantize = "no" if num_levels is None else "uniform"
+    if dequantize == "no":
+        num_levels = None
+    elif num_levels is None:
+        if not ((rows.values == rows.values.round()) & (rows.values >= 0)).all():
+            raise ValueError(
+                f"--dequantize {dequantize}: expected whole numbers from 0 on, got others"
+            )
+        num_levels = int(rows.values.max()) + 1
+    return DensitySpec(args.flow, event_shape, args.num_transforms, dequantize, num_levels)
+
+
+def _shaped(values: Tensor, spec: DensitySpec) -> Tensor:
+    return values.reshape(len(values), *spec.event_shape)
+
+
+def _check_varies(rows: Rows, train: Tensor) -> None:
+    constant = (train == train[0]).all(0).nonzero().flatten().tolist()
+    if constant:
+        names = ", ".join(rows.columns[i] for i in constant[:5])
+        raise ValueError(
+            f"{rows.name}: {len(constant)} of {train.shape[1]} columns are constant in the training rows, and have no "
+            f"density: {names}{' ...' if len(constant) > 5 else ''}; leave them out, or --dequantize whole numbers"
+        )
+
+
+# --- what came of it ---
+
+
+def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings and results, for a file."""
+    result, gain = learned.result, learned.gain
+    return {
+        "target": learned.rows.name,
+        **asdict(learned.spec),
+        "num_transforms": _num_transforms(learned.spec),
+        "num_parameters": _num_parameters(result.density),
+        "rows": {name: len(part) for name, part in learned.split._asdict().items()},
+        "settings": {
+            name: getattr(args, name) for name in ("steps", "batch_size", "lr", "patience", "seed")
+        },
+        "test_log_likelihood": learned.test.as_dict(),
+        "gaussian_log_likelihood": learned.baseline.as_dict(),
+        "gain_over_gaussian": {"mean": gain[0], "se": gain[1]},
+        "entropy": learned.rows.entropy,
+        "validation_loss": result.best_loss,
+        "best_step": result.best_step,
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "skipped_steps": result.skipped_steps,
+        "seconds": result.seconds,
+    }
+
+
+def print_learned(learned: Learned) -> None:
+    """A table of test log-likelihoods, and how training went."""
+    rows, spec, result, test = learned.rows, learned.spec, learned.result, learned.test
+    layers = _num_transforms(spec)
+    name = spec.flow + ("" if layers is None else f", {layers} transforms")
+    baseline = learned.baseline
+    lines = [
+        [name, _with_se(test.mean, test.se), _with_se(*learned.gain), _kind(test)],
+        ["Gaussian", _with_se(baseline.mean, baseline.se), "", _kind(baseline)],
+    ]
+    if rows.entropy is not None:
+        lines.append(["the best there is", f"{-rows.entropy:.3f}", "", "minus the entropy"])
+    columns = ["nats a row", "over the Gaussian", "known"]
+    train, validation, _ = map(len, learned.split)
+    title = f"{rows.name}, log-likelihood of {len(test.values)} test rows of {rows.values.shape[1]}"
+    print_table(title, "density", columns, lines)
+    if spec.dequantizes:
+        bits = -test.mean / (rows.values.shape[1] * math.log(2))
+        print(f"{bits:.3f} bits a number at most, of whole numbers 0 to {(spec.num_levels or 0) - 1}")  # fmt: skip
+    print(
+        f"{result.steps} steps on {train} rows in {result.seconds:.1f} s, "
+        f"{_num_parameters(result.density)} parameters; kept are those of step {result.best_step}, "
+        f"the best on {validation} validation rows"
+    )
+    if result.stopped_early:
+        print("Stopped early: the validation rows fitted no better for a while.")
+    if learned.gain[0] < 2 * learned.gain[1]:
+        print(f"No better than the Gaussian, to two standard errors: {_cure(learned)}.")
+
+
+def _cure(learned: Learned) -> str:
+    if _num_transforms(learned.spec) is None:
+        return "it is linear, and so a Gaussian itself"
+    steps = "" if learned.result.stopped_early else "more steps, "
+    return f"take {steps}fewer layers or more data"
+
+
+def _kind(value: Score) -> str:
+    if value.kind == "bound":
+        return f"a lower bound, {value.num_particles} draw{'s' if value.num_particles != 1 else ''}"
+    return {"exact": "exactly", "estimate": "an unbiased estimate"}[value.kind]
+
+
+def _with_se(mean: float, se: float) -> str:
+    return f"{mean:.3f} ± {se:.3f}"
+
+
+def _num_transforms(spec: DensitySpec) -> int | None:
+    return spec.num_transforms or FLOWS[spec.flow].num_transforms
+
+
+def _num_parameters(density: Density) -> int:
+    return sum(p.numel() for p in density.parameters())

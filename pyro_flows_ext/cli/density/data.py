@@ -1,0 +1,190 @@
+"""Rows to learn a density of: points on the plane, sets of scikit-learn, or a file; and their split in three."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...distributions import TOYS
+from ..data import load_data, scikit_learn_datasets
+
+# A standard error takes two rows of validation and of test data, which are a tenth each.
+MIN_ROWS = 20
+SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Data `(N, D)`, with a name for each column. `image_shape`: `(C, H, W)` of what a row is when it is an image.
+
+    `num_levels`: L for whole numbers 0 ... L - 1 by nature, else None. `entropy`: of the distribution they come from,
+    in nats, where it is known.
+    """
+
+    name: str
+    values: Tensor
+    columns: tuple[str, ...]
+    image_shape: tuple[int, int, int] | None = None
+    num_levels: int | None = None
+    entropy: float | None = None
+
+
+class Split(NamedTuple):
+    """The rows to train on, to stop by, and to test with: `(N, D)` each."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set by name: `load(num_rows, seed)`, where only what is drawn looks at the two."""
+
+    load: Callable[[int, int], Rows]
+    description: str
+
+
+def load_rows(
+    spec: str,
+    *,
+    num_rows: int = 10_000,
+    seed: int = 0,
+    key: str | None = None,
+    columns: str | None = None,
+) -> Rows:
+    """The rows that `spec` names: a set in `SOURCES`, or a .csv or .npz file.
+
+    `key`: the array of an .npz with several, of shape `(N)`, `(N, D)`, or `(N, H, W)` and `(N, C, H, W)` for images;
+    `columns`: those of a .csv to take, with commas between. Raises `ValueError` for what is not there, for what are no
+    numbers, and for too few rows.
+    """
+    name = spec.replace("_", "-")
+    if name in SOURCES:
+        if key is not None or columns is not None:
+            raise ValueError(f"{spec}: expected --key and --columns with a file only")
+        rows = SOURCES[name].load(num_rows, seed)
+    elif spec.lower().endswith(".csv") and key is None:
+        rows = _from_csv(spec, columns)
+    elif spec.lower().endswith(".npz") and columns is None:
+        rows = _from_npz(spec, key)
+    elif spec.lower().endswith((".csv", ".npz")):
+        raise ValueError(f"{spec}: expected --columns with a .csv and --key with an .npz")
+    else:
+        raise ValueError(
+            f"no data {spec!r}: expected one of {', '.join(SOURCES)}, or a file that ends in .csv or .npz"
+        )
+    if len(rows.values) < MIN_ROWS:
+        raise ValueError(
+            f"{spec}: expected at least {MIN_ROWS} rows to train, stop and test, got {len(rows.values)}"
+        )
+    return rows
+
+
+def split_rows(values: Tensor, seed: int) -> Split:
+    """A tenth to stop by and a tenth to test with, drawn with this seed."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = values[torch.randperm(len(values), generator=generator)]
+    size = round(SHARE * len(values))
+    return Split(shuffled[2 * size :], shuffled[:size], shuffled[size : 2 * size])
+
+
+# --- files ---
+
+
+def _from_csv(path: str, columns: str | None) -> Rows:
+    arrays = load_data(path)
+    if all(map(_is_number, arrays)):
+        raise ValueError(
+            f"data {path!r}: expected the names of the columns in the first row, got numbers"
+        )
+    names = list(arrays) if columns is None else [c.strip() for c in columns.split(",")]
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise ValueError(
+            f"data {path!r}: no column {', '.join(map(repr, missing))}: expected some of {', '.join(arrays)}"
+        )
+    values = torch.stack([arrays[name].to(torch.get_default_dtype()) for name in names], -1)
+    return Rows(Path(path).stem, values, tuple(names))
+
+
+def _from_npz(path: str, key: str | None) -> Rows:
+    arrays = load_data(path)
+    if key is None and len(arrays) != 1:
+        raise ValueError(f"data {path!r}: expected --key, one of {', '.join(arrays)}")
+    key = next(iter(arrays)) if key is None else key
+    if key not in arrays:
+        raise ValueError(f"data {path!r}: no {key!r}: expected --key, one of {', '.join(arrays)}")
+    values = arrays[key].to(torch.get_default_dtype())
+    if values.dim() not in (1, 2, 3, 4):
+        raise ValueError(
+            f"data {path!r}, {key}: expected rows (N, D) or images (N, H, W) or (N, C, H, W), got {tuple(values.shape)}"
+        )
+    image_shape = None
+    if values.dim() > 2:
+        channels, (height, width) = values.shape[1:-2].numel(), values.shape[-2:]
+        image_shape = (channels, height, width)
+    values = values.reshape(len(values), -1)
+    return Rows(Path(path).stem, values, _numbered(key, values), image_shape)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _numbered(name: str, values: Tensor) -> tuple[str, ...]:
+    return tuple(f"{name}[{i}]" for i in range(values.shape[-1]))
+
+
+# --- sets by name ---
+
+
+def _toy(name: str, num_rows: int, seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    values = TOYS[name].sample(num_rows, generator=generator)
+    return Rows(name, values, ("x[0]", "x[1]"), entropy=TOYS[name].entropy)
+
+
+def _packaged(name: str, num_rows: int, seed: int) -> Rows:
+    found = getattr(scikit_learn_datasets(), f"load_{name.replace('-', '_')}")()
+    values = torch.as_tensor(found.data, dtype=torch.get_default_dtype())
+    columns = tuple(str(column) for column in found.feature_names)
+    return Rows(name, values, columns)
+
+
+def _digits(num_rows: int, seed: int) -> Rows:
+    return replace(_packaged("digits", num_rows, seed), image_shape=(1, 8, 8), num_levels=17)
+
+
+def _swiss_roll(num_rows: int, seed: int) -> Rows:
+    points: Any = scikit_learn_datasets().make_swiss_roll(num_rows, noise=0.5, random_state=seed)[0]
+    values = torch.as_tensor(points, dtype=torch.get_default_dtype())
+    return Rows("swiss-roll", values, ("x[0]", "x[1]", "x[2]"))
+
+
+SOURCES = {
+    **{
+        name: Source(partial(_toy, name), f"{toy.description}, on the plane")
+        for name, toy in TOYS.items()
+    },
+    "swiss-roll": Source(_swiss_roll, "a rolled plane in 3 dimensions (scikit-learn)"),
+    "iris": Source(partial(_packaged, "iris"), "150 rows of 4 columns (scikit-learn)"),
+    "wine": Source(partial(_packaged, "wine"), "178 rows of 13 columns (scikit-learn)"),
+    "diabetes": Source(partial(_packaged, "diabetes"), "442 rows of 10 columns (scikit-learn)"),
+    "breast-cancer": Source(
+        partial(_packaged, "breast-cancer"), "569 rows of 30 columns (scikit-learn)"
+    ),
+    "digits": Source(
+        _digits, "1,797 images of 8 x 8 whole numbers, dequantized by default (scikit-learn)"
+    ),
+}

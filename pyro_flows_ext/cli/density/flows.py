@@ -1,0 +1,255 @@
+"""Flow densities by name, in the units of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Size, Tensor
+
+from ... import transforms as T
+from ...distributions import (
+    ContinuouslyIndexedFlow,
+    Density,
+    Dequantized,
+    FlowDistribution,
+    FlowVAE,
+    MultiScaleFlow,
+    NestedDropoutFlow,
+    glow,
+    realnvp_image,
+    rq_nsf_image,
+)
+
+DEQUANTIZE = ("no", "uniform", "variational")
+
+
+@dataclass(frozen=True)
+class FlowKind:
+    """A density by name: `make(D, K)` of vectors, `make((C, H, W), K)` of images; K layers or steps, None for none."""
+
+    make: Callable[[Any, Any], Density]
+    num_transforms: int | None
+    description: str
+    of_images: bool = False
+
+
+class Standardized(Density):
+    """The density of x in its own units, by one of y = (x - loc) / scale: log p(x) = log p(y) - Σ log scale, in nats.
+
+    As exact as the density of y, whose bound and penalty it passes on. Shapes as there; the moments are buffers.
+    """
+
+    def __init__(self, density: Density, standardize: T.Standardize):
+        super().__init__(event_shape=density.event_shape)
+        self.density, self.standardize = density, standardize
+        self.exact_log_prob = density.exact_log_prob
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws `(*sample_shape, *batch_shape, *event_shape)`."""
+        y = self.density.expand(self.batch_shape).rsample(Size(sample_shape))
+        return self.standardize.inverse_and_ladj(y)[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), or the bound that the density of y has: `(*, *event_shape)` -> `(*)`, in nats."""
+        self._check_value(value)
+        y, ladj = self.standardize.forward_and_ladj(value)
+        return self.density.log_prob(y) + ladj
+
+    def log_prob_bound(self, value: Tensor, num_particles: int = 100) -> Tensor:
+        """Lower bound: that of the density of y with so many particles, in nats; `TypeError` where it has none."""
+        if self.exact_log_prob:
+            raise TypeError("log_prob_bound: this density is known exactly; use log_prob")
+        y, ladj = self.standardize.forward_and_ladj(value)
+        density: Any = self.density
+        return density.log_prob_bound(y, num_particles) + ladj  # type: ignore[no-any-return]
+
+    def penalty(self, value: Tensor) -> Tensor:
+        """What the density of y adds to its loss, 0 where that is nothing: `(*, *event_shape)` -> `(*)`, in nats."""
+        y, ladj = self.standardize.forward_and_ladj(value)
+        density: Any = self.density
+        return density.penalty(y) if hasattr(density, "penalty") else torch.zeros_like(ladj)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+
+@dataclass(frozen=True)
+class DensitySpec:
+    """What it takes to build a density: kind, layers, event, and the noise for whole numbers 0 ... `num_levels` - 1."""
+
+    flow: str
+    event_shape: tuple[int, ...]
+    num_transforms: int | None = None
+    dequantize: str = "no"
+    num_levels: int | None = None
+
+    def build(self, train: Tensor | None = None) -> Density:
+        """The density, standardised and started by `train` `(N, *event_shape)`; without, to load parameters into.
+
+        Raises `ValueError` for unknown names and options that do not go together.
+        """
+        if self.flow not in FLOWS:
+            raise ValueError(f"no flow {self.flow!r}: expected one of {', '.join(FLOWS)}")
+        kind = FLOWS[self.flow]
+        self._check(kind)
+        event = self.event_shape if kind.of_images else self.event_shape[0]
+        inner = kind.make(event, self.num_transforms or kind.num_transforms)
+        standardize = self.standardize(train)
+        if train is not None and isinstance(inner, MultiScaleFlow):
+            inner.initialize(standardize.forward_and_ladj(self.continuous(train))[0])
+        return self.wrap(inner, standardize)
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether noise is added to the data."""
+        return self.num_levels is not None and self.dequantize != "no"
+
+    def continuous(self, rows: Tensor) -> Tensor:
+        """What is standardised: the rows, or whole numbers with noise, brought to [0, 1)."""
+        if self.num_levels is None or self.dequantize == "no":
+            return rows
+        return (rows + torch.rand_like(rows)) / self.num_levels
+
+    def standardize(self, train: Tensor | None) -> T.Standardize:
+        """By the moments of these rows: of each column, and of each channel of an image."""
+        dims = len(self.event_shape)
+        if train is not None:
+            return T.Standardize.from_data(self.continuous(train), dims, per_channel=dims == 3)
+        ones = torch.ones(self.event_shape[:1] + (1,) * (dims - 1))
+        return T.Standardize(torch.zeros_like(ones), ones, dims)
+
+    def wrap(self, inner: Density, standardize: T.Standardize) -> Density:
+        """The density of the data by one of what is standardised, and before that dequantized."""
+        density = Standardized(inner, standardize)
+        if not self.dequantizes:
+            return density
+        # Without logits, which would pull the ends of the range, where most pixels are, far out.
+        return Dequantized(
+            density, self.dequantize, num_levels=self.num_levels or 0, logit_alpha=None
+        )
+
+    def _check(self, kind: FlowKind) -> None:
+        if kind.num_transforms is None and self.num_transforms is not None:
+            raise ValueError(f"the flow {self.flow!r} has one layer: leave --num-transforms out")
+        if kind.of_images != (len(self.event_shape) == 3):
+            shape = "images (C, H, W)" if kind.of_images else "vectors (D)"
+            raise ValueError(
+                f"the flow {self.flow!r} is of {shape}, and a row here is of shape {self.event_shape}"
+            )
+        if self.flow.startswith("nested") and self.dequantize != "no":
+            raise ValueError(
+                f"the flow {self.flow!r} reconstructs its data, which noise to dequantize them would spoil: add "
+                "--dequantize no"
+            )
+
+
+# --- the kinds ---
+
+
+def normal(size: int) -> dist.TorchDistribution:
+    """N(0, I) on vectors of this size."""
+    return dist.Normal(torch.zeros(size), 1.0).to_event(1)
+
+
+def _exact(make: Callable[[int, int], Any]) -> Callable[[Any, Any], Density]:
+    return lambda D, K: FlowDistribution(normal(D), make(D, K))
+
+
+def _indexed(make: Callable[[int, int], Any]) -> Callable[[Any, Any], Density]:
+    return lambda D, K: ContinuouslyIndexedFlow(normal(D), make(D, K))
+
+
+def _nested(make: Callable[[int, Any], Any]) -> Callable[[Any, Any], Density]:
+    return lambda D, K: NestedDropoutFlow(normal(D), make(D, K))
+
+
+def _vae(D: int, K: int) -> Density:
+    return FlowVAE(T.nsf(D, num_transforms=K), D, max(1, min(8, D // 2)))
+
+
+FLOWS = {
+    "nsf": FlowKind(
+        _exact(lambda D, K: T.nsf(D, num_transforms=K)), 4, "spline couplings (Durkan et al. 2019)"
+    ),
+    "nsf-ar": FlowKind(
+        _exact(lambda D, K: T.nsf(D, num_transforms=K, kind="autoregressive")),
+        3,
+        "autoregressive splines (Durkan et al. 2019); draws slowly",
+    ),
+    "realnvp": FlowKind(
+        _exact(lambda D, K: T.realnvp(D, num_transforms=K)),
+        8,
+        "affine couplings (Dinh et al. 2017)",
+    ),
+    "glow-vector": FlowKind(
+        _exact(lambda D, K: T.glow_vector(D, num_transforms=K)),
+        8,
+        "affine couplings and linear layers (Kingma & Dhariwal 2018)",
+    ),
+    "maf": FlowKind(
+        _exact(lambda D, K: T.maf(D, num_transforms=K)),
+        5,
+        "affine autoregressive layers (Papamakarios et al. 2017); draws slowly",
+    ),
+    # Their forward pass is the fast one, and goes from the data to the base here.
+    "residual": FlowKind(
+        _exact(lambda D, K: T.residual(D, num_transforms=K).inv),
+        8,
+        "contractive residual networks (Chen et al. 2019)",
+    ),
+    "planar": FlowKind(
+        _exact(lambda D, K: T.planar(D, num_transforms=K).inv),
+        16,
+        "planar layers (Rezende & Mohamed 2015)",
+    ),
+    "sylvester": FlowKind(
+        _exact(lambda D, K: T.sylvester(D, num_transforms=K).inv),
+        8,
+        "Sylvester layers (van den Berg et al. 2018)",
+    ),
+    "cif-maf": FlowKind(
+        _indexed(lambda D, K: T.maf(D, num_transforms=K)),
+        5,
+        "maf, continuously indexed (Cornish et al. 2020); a bound",
+    ),
+    "cif-nsf": FlowKind(
+        _indexed(lambda D, K: T.nsf(D, num_transforms=K, linear=False)),
+        4,
+        "nsf, continuously indexed (Cornish et al. 2020); a bound",
+    ),
+    "nested-qr": FlowKind(
+        _nested(lambda D, K: T.QRLinear(D)),
+        None,
+        "one linear layer with ordered latents (Bekasov & Murray 2020)",
+    ),
+    "nested-lu": FlowKind(
+        _nested(lambda D, K: T.LULinear(D)), None, "the same, by an LU decomposition"
+    ),
+    "nested-nsf": FlowKind(
+        _nested(lambda D, K: T.nsf(D, num_transforms=K)),
+        4,
+        "nsf with ordered latents (Bekasov & Murray 2020)",
+    ),
+    "flow-vae": FlowKind(_vae, 4, "nsf over a small VAE (Das et al. 2019); a bound"),
+    "glow": FlowKind(
+        lambda shape, K: glow(shape, num_steps=K), 4, "Glow, of images, K steps a level", True
+    ),
+    "realnvp-image": FlowKind(
+        lambda shape, K: realnvp_image(shape, num_steps=K),
+        4,
+        "RealNVP, of images, K steps a level",
+        True,
+    ),
+    "rq-nsf-image": FlowKind(
+        lambda shape, K: rq_nsf_image(shape, num_steps=K),
+        4,
+        "RQ-NSF (C), of images, K steps a level",
+        True,
+    ),
+}

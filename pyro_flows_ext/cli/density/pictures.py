@@ -1,0 +1,130 @@
+"""Pictures of a density: its draws beside the data, the density itself on the plane, and how training went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...diagnostics import plots
+from ...distributions import Density
+from ...infer import DensityFitResult
+from .data import Rows
+from .scores import score
+
+NUM_DRAWS = 2000
+# The density on the plane is scored on so many points a side, by a bound of so many draws where only that is known.
+GRID, GRID_PARTICLES = 120, 10
+NUM_IMAGES = 40
+
+
+def write_samples(rows: Rows, data: Tensor, density: Density, path: Path) -> None:
+    """Draws beside the first of `data` `(N, D)`: images, points on the plane and the density, or pairs of columns."""
+    data = data[:NUM_DRAWS]
+    with torch.no_grad():
+        draws = density.sample((NUM_DRAWS,)).flatten(1)
+    if rows.image_shape is not None:
+        figure = _images(rows.image_shape, data, draws)
+    elif data.shape[1] == 2:
+        figure = _plane(rows, data, draws, density)
+    else:
+        samples, reference = (
+            dict(zip(rows.columns, values.T.numpy(), strict=True)) for values in (draws, data)
+        )
+        axes = plots.posterior(samples, reference=reference, labels=("draws", "data"))
+        title = axes[0, -1].get_legend().get_title()
+        title.set_text(title.get_text().replace("parameters", "columns"))
+        figure = axes.flat[0].figure
+    figure.savefig(path)
+
+
+def write_loss(result: DensityFitResult, path: Path) -> None:
+    """The loss of every step and on the validation data, with the parameters that were kept."""
+    ax = plots.loss(result.losses)
+    steps, losses = result.validation_steps.numpy(), result.validation_losses.numpy()
+    ax.plot(steps, losses, color=plots.REFERENCE_COLOR, lw=1.5, label="validation")
+    best = f"kept: step {result.best_step}"
+    ax.plot(result.best_step, result.best_loss, "o", color=plots.REFERENCE_COLOR, ms=5, label=best)
+    low, high = ax.get_ylim()
+    seen = losses[(steps >= 0.1 * result.steps) & np.isfinite(losses)]
+    seen = np.append(seen, result.best_loss)
+    margin = 0.05 * (high - low)
+    ax.set_ylim(min(low, seen.min() - margin), max(high, np.quantile(seen, 0.95) + margin))
+    ax.set_xlim(0, max(result.steps, 2))
+    ax.set_ylabel("loss (nats a row)")
+    ax.legend(loc="upper right", fontsize=plots.FONT_SIZE, labelcolor=plots.TEXT_COLOR)
+    ax.figure.savefig(path)  # type: ignore[union-attr]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def _plane(rows: Rows, data: Tensor, draws: Tensor, density: Density) -> Any:
+    """The data, as many draws, and the density on the same square."""
+    num = min(len(data), len(draws))
+    data, draws = data[:num], draws[:num]
+    low, high = data.amin(0), data.amax(0)
+    margin = 0.1 * (high - low)
+    low, high = low - margin, high + margin
+    figure = _figure(9.6, 3.5)
+    left, middle, right = figure.subplots(1, 3)
+    for ax, points, title in (
+        (left, data, f"data, {num} rows"),
+        (middle, draws, f"{num} draws"),
+    ):
+        ax.plot(*points.T.numpy(), ".", ms=2.5, alpha=0.5, mew=0, color=plots.DRAWS_COLOR)
+        ax.set_title(title, fontsize=plots.FONT_SIZE + 1, color=plots.TEXT_COLOR)
+    x, y = (torch.linspace(a, b, GRID) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+    log_p = score(density, torch.cartesian_prod(x, y), GRID_PARTICLES).values.reshape(GRID, GRID)
+    mesh = right.pcolormesh(
+        x.numpy(), y.numpy(), log_p.exp().T.numpy(), cmap="magma", shading="auto", rasterized=True
+    )
+    right.set_title("density", fontsize=plots.FONT_SIZE + 1, color=plots.TEXT_COLOR)
+    bar = figure.colorbar(mesh, ax=right)
+    bar.ax.tick_params(labelsize=plots.FONT_SIZE - 1, colors=plots.TEXT_COLOR)
+    for ax in (left, middle, right):
+        ax.set_xlim(low[0].item(), high[0].item())
+        ax.set_ylim(low[1].item(), high[1].item())
+        ax.set_xlabel(rows.columns[0], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
+        ax.tick_params(labelsize=plots.FONT_SIZE - 1, colors=plots.TEXT_COLOR)
+    left.set_ylabel(rows.columns[1], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
+    return figure
+
+
+def _images(shape: tuple[int, int, int], data: Tensor, draws: Tensor) -> Any:
+    """A sheet of images of the data beside a sheet of draws, on the scale of the data."""
+    low, high = np.quantile(data.numpy(), [0.001, 0.999])
+    figure = _figure(7.2, 4.2)
+    for ax, images, title in zip(
+        figure.subplots(1, 2), (data, draws), ("data", "draws"), strict=True
+    ):
+        sheet = _sheet(
+            images[:NUM_IMAGES].reshape(-1, *shape), fill=float(low + 0.3 * (high - low))
+        )
+        sheet = ((sheet - low) / (high - low)).clip(0, 1)
+        if shape[0] == 1:
+            ax.imshow(sheet[..., 0], cmap="gray_r", vmin=0, vmax=1)
+        else:
+            ax.imshow(sheet[..., :3] if shape[0] >= 3 else sheet[..., 0])
+        ax.set_title(title, fontsize=plots.FONT_SIZE + 1, color=plots.TEXT_COLOR)
+        ax.set_axis_off()
+    return figure
+
+
+def _sheet(images: Tensor, fill: float, columns: int = 5) -> np.ndarray:
+    """Images `(N, C, H, W)` side by side with a pixel between, `(rows, columns, C)`."""
+    num, channels, height, width = images.shape
+    num_rows = -(-num // columns)
+    sheet = images.new_full(
+        (num_rows * (height + 1) - 1, columns * (width + 1) - 1, channels), fill
+    )
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image.movedim(0, -1)
+    return sheet.numpy()

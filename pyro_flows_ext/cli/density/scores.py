@@ -1,0 +1,99 @@
+"""Likelihoods of rows that a density has not seen, beside those of a Gaussian."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...distributions import Density, FlowDistribution
+from ...transforms import ResidualFlow, Whitening
+from ...transforms.residual import EXACT_DIM
+from .data import Split
+from .flows import DensitySpec, normal
+
+# Rows times draws of the bound at a time.
+CHUNK = 20_000
+# Shares of the diagonal in the covariance of the Gaussian, of which the validation rows choose.
+SHRINKAGE = (0.0, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
+MIN_SCALE = 1e-3
+
+
+@dataclass(frozen=True)
+class Score:
+    """log p by row in nats. `kind`: "exact", "bound", a lower one of `num_particles` draws, or "estimate", unbiased."""
+
+    values: Tensor
+    kind: str
+    num_particles: int | None = None
+
+    @property
+    def mean(self) -> float:
+        """Nats a row."""
+        return self.values.mean().item()
+
+    @property
+    def se(self) -> float:
+        """The standard error of the mean over rows."""
+        return standard_error(self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Mean, standard error and kind, for a file."""
+        draws = {} if self.num_particles is None else {"num_particles": self.num_particles}
+        return {"mean": self.mean, "se": self.se, "kind": self.kind, **draws}
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of `(N)`."""
+    return (values.std() / math.sqrt(len(values))).item()
+
+
+@torch.no_grad()
+def score(density: Density, rows: Tensor, num_particles: int) -> Score:
+    """log p of rows `(N, *event_shape)`, or its importance-weighted bound of so many draws, where it is not known."""
+    density.eval()
+    is_estimate = any(map(_estimates, density.modules()))
+    if density.exact_log_prob:
+        values = [density.log_prob(part) for part in rows.split(CHUNK)]
+        return Score(torch.cat(values).double(), "estimate" if is_estimate else "exact")
+    if is_estimate:  # of log p: only the bound of one draw is linear in it
+        num_particles = 1
+    bound: Any = density
+    parts = rows.split(max(1, CHUNK // num_particles))
+    values = [bound.log_prob_bound(part, num_particles) for part in parts]
+    return Score(torch.cat(values).double(), "bound", num_particles)
+
+
+def gaussian(spec: DensitySpec, split: Split) -> Density:
+    """The Gaussian with the moments of the training rows, shrunk to its diagonal as the validation rows like it.
+
+    As a density of the data, with the same treatment of whole numbers, of rows as vectors `(D)`.
+    """
+    train, validation = split.train.flatten(1), split.validation.flatten(1)
+    spec = replace(spec, event_shape=tuple(train.shape[1:]))
+    standardize = spec.standardize(train)
+    y = standardize.forward_and_ladj(spec.continuous(train))[0].double()
+    covariance = torch.cov(y.T, correction=0).reshape(2 * y.shape[1:])
+    best: tuple[float, Density] | None = None
+    for share in SHRINKAGE:
+        mixed = torch.lerp(covariance, covariance.diagonal().diag(), share)
+        factor, failed = torch.linalg.cholesky_ex(mixed)
+        # Below that a column is the sum of others to the precision of single numbers.
+        if failed or factor.diagonal().min() < MIN_SCALE:
+            continue
+        whitening = Whitening(y.mean(0).to(train), factor.to(train))
+        density = spec.wrap(FlowDistribution(normal(train.shape[1]), whitening), standardize)
+        value = score(density, validation, 1).mean
+        if best is None or value > best[0]:
+            best = value, density
+    if best is None:
+        raise ValueError("no column of the training rows may be constant")
+    return best[1]
+
+
+def _estimates(module: torch.nn.Module) -> bool:
+    """Whether this estimates its log-det in eval mode."""
+    return isinstance(module, ResidualFlow) and module.event_shape.numel() > EXACT_DIM

@@ -1,0 +1,52 @@
+"""What training loops share: checks of settings, the learning rate's way down, and the seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from torch import Tensor
+
+OptimFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+# A step whose loss or gradient is not finite is skipped; so many in a row mean that no step will ever be finite.
+MAX_BAD_STEPS = 100
+
+
+def check_settings(lr: float, schedule: str, **counts: float) -> None:
+    """Raises `ValueError` for a rate that is not positive, an unknown schedule, and counts that are not 1, 2, ..."""
+    for name, value in counts.items():
+        if int(value) != value or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: expected a positive number, got {lr!r}")
+    if schedule not in ("cosine", "exponential", "constant"):
+        raise ValueError(
+            f'schedule: expected "cosine", "exponential" or "constant", got {schedule!r}'
+        )
+
+
+def decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]:
+    """What the rate is multiplied by at a step: from 1 to `final`."""
+    if schedule == "cosine":
+        return lambda i: final + (1 - final) * (1 + math.cos(math.pi * i / num_steps)) / 2
+    if schedule == "exponential":
+        return lambda i: final ** (i / num_steps)
+    return lambda i: 1.0
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seeds every generator Pyro knows, and puts them back as they were."""
+    if seed is None:
+        yield
+        return
+    state = pyro.util.get_rng_state()
+    try:
+        pyro.set_rng_seed(seed)
+        yield
+    finally:
+        pyro.util.set_rng_state(state)

@@ -1,0 +1,293 @@
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import assert_one_line, contents, run
+
+import pyro_flows_ext.cli.density as density_cli
+from pyro_flows_ext.cli.density.checkpoint import read_density
+from pyro_flows_ext.cli.density.data import SOURCES, load_rows, split_rows
+from pyro_flows_ext.cli.density.flows import FLOWS
+from pyro_flows_ext.distributions import TOYS
+
+FILES = ["density.json", "density.pt", "loss.png", "samples.png"]
+TINY = ["--rows", 100, "--steps", 5, "--num-transforms", 1, "--particles", 3]
+
+
+def rows_of(num: int, dim: int = 2) -> torch.Tensor:
+    """Correlated normals."""
+    return torch.randn(num, dim) @ (torch.eye(dim) + 0.5 * torch.ones(dim, dim).tril(-1)) + 3
+
+
+def write_csv(path: Path, values: torch.Tensor, names: str = "height,weight") -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names.split(","))
+        writer.writerows(values.tolist())
+    return path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of a small run."""
+    for name in ("write_samples", "write_loss"):
+        monkeypatch.setattr(density_cli, name, lambda *_: None)
+
+
+# --- the command ---
+
+
+def test_density_writes_files_that_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "results"
+    done = run(capsys, "density", "moons", *TINY, "--output", out)
+    assert (done.code, done.err) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    words = (
+        "nsf, 1 transforms",
+        "Gaussian",
+        "exactly",
+        "-1.008",
+        "10 test rows",
+        "5 steps on 80 rows",
+    )
+    for word in words:
+        assert word in done.out
+    for name in ("samples.png", "loss.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "density.json").read_text())
+    assert report["rows"] == {"train": 80, "validation": 10, "test": 10}
+    assert (report["target"], report["flow"], report["num_transforms"]) == ("moons", "nsf", 1)
+    assert report["entropy"] == TOYS["moons"].entropy
+    assert torch.load(out / "density.pt", weights_only=True)["spec"]["event_shape"] == [2]
+
+    # The numbers are those of the density in the file, on rows that it was not trained on.
+    test = split_rows(load_rows("moons", num_rows=100, seed=0).values, seed=0).test
+    saved = read_density(out / "density.pt")
+    with torch.no_grad():
+        values = saved.density.log_prob(test).double()
+    found = report["test_log_likelihood"]
+    assert found["kind"] == "exact"
+    assert found["mean"] == pytest.approx(values.mean().item(), abs=1e-6)
+    assert found["se"] == pytest.approx(values.std().item() / 10**0.5, abs=1e-6)
+    gain = report["gain_over_gaussian"]["mean"]
+    assert gain == pytest.approx(found["mean"] - report["gaussian_log_likelihood"]["mean"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_likelihoods_are_in_the_units_of_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, means = rows_of(200), []
+    for scale in (1.0, 1000.0):
+        path = write_csv(tmp_path / "data.csv", scale * values)
+        run(capsys, "density", path, *TINY, "--output", tmp_path / "out", "--quiet")
+        report = json.loads((tmp_path / "out" / "density.json").read_text())
+        means.append([report[f"{k}_log_likelihood"]["mean"] for k in ("test", "gaussian")])
+        means[-1].append(-report["validation_loss"])
+    np.testing.assert_allclose(np.subtract(*means), 2 * math.log(1000), atol=1e-3)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_training_helps_and_the_seed_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for i, seed in enumerate((3, 3, 4)):
+        out = tmp_path / str(i)
+        options = ["--rows", 1000, "--steps", 60, "--num-transforms", 1, "--lr", 0.03]
+        done = run(capsys, "density", "sign", *options, "--seed", seed, "--quiet", "--output", out)
+        assert (done.code, done.out, done.err) == (0, "", "")
+        report = json.loads((out / "density.json").read_text())
+        found.append(report["test_log_likelihood"]["mean"])
+        assert report["gain_over_gaussian"]["mean"] > 3 * report["gain_over_gaussian"]["se"]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_bounds_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "density", "abs", "--flow", "cif-maf", *TINY, "--output", tmp_path)
+    assert done.code == 0
+    assert "a lower bound, 3 draws" in done.out
+    assert "exactly" in done.out  # the Gaussian
+    report = json.loads((tmp_path / "density.json").read_text())
+    assert report["test_log_likelihood"]["kind"] == "bound"
+    assert report["test_log_likelihood"]["num_particles"] == 3
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_density_no_better_than_a_gaussian_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_csv(tmp_path / "data.csv", rows_of(100))
+    done = run(capsys, "density", path, *TINY, "--output", tmp_path)
+    assert "No better than the Gaussian, to two standard errors: take more steps" in done.out
+    linear = ["--flow", "nested-lu", "--steps", 5, "--output", tmp_path]
+    assert "it is linear, and so a Gaussian itself" in run(capsys, "density", path, *linear).out
+
+
+@pytest.mark.parametrize("flow", ["glow", "nsf"])
+def test_images(flow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(0).integers(0, 8, (60, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x=images, label=np.arange(60))
+    argv = ["density", tmp_path / "images.npz", "--key", "x", "--flow", flow, *TINY[2:]]
+    done = run(capsys, *argv, "--dequantize", "uniform", "--output", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    assert "bits a number at most, of whole numbers 0 to 7" in done.out
+    run(capsys, "sample", tmp_path / "out", "--num-samples", 5)
+    draws = np.load(tmp_path / "out" / "draws.npz")["x"]
+    assert draws.shape == ((5, 1, 4, 4) if flow == "glow" else (5, 16))
+    assert np.array_equal(draws, draws.round())
+    assert draws.min() >= 0
+    assert draws.max() <= 7
+
+
+def test_several_columns_and_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_csv(tmp_path / "data.csv", rows_of(40, 3), "a, b,c")
+    for columns, dim in (("a,b,c", 3), ("c", 1)):
+        done = run(capsys, "density", path, "--columns", columns, *TINY, "--output", tmp_path)
+        assert (done.code, done.err) == (0, "")
+        assert read_density(tmp_path / "density.pt").columns == tuple(columns.split(","))
+        assert f"test rows of {dim}" in done.out
+
+
+# --- sample ---
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "density", "annulus", *TINY, "--quiet", "--output", tmp_path)
+    draws = []
+    for seed in (1, 1, 2):
+        done = run(capsys, "sample", tmp_path, "--num-samples", 400, "--seed", seed)
+        assert (done.code, done.err) == (0, "")
+        draws.append(np.load(tmp_path / "draws.npz")["x"])
+    assert draws[0].shape == (400, 2)
+    assert np.array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    # In the units of the data: the annulus has variance 5 / 4 by coordinate.
+    assert draws[0].std(0) == pytest.approx(1.12, abs=0.35)
+    assert_one_line(run(capsys, "sample", tmp_path, "--target", "u1"), 2, "--target: expected none")
+    (tmp_path / "guide.pt").touch()
+    assert_one_line(run(capsys, "sample", tmp_path), 2, "holds a guide and a density")
+
+
+FINE = {
+    "format": "pyro_flows_ext density",
+    "version": 1,
+    "target": "moons",
+    "columns": ["a", "b"],
+    "spec": {"flow": "nsf", "event_shape": [2], "num_transforms": 1, "dequantize": "no", "num_levels": None},
+    "state": {},
+}  # fmt: skip
+BAD_FILES = {
+    "foreign": ({"weights": torch.zeros(2)}, "is not a density written by pyro-flows"),
+    "newer": ({**FINE, "version": 2}, "format version 2, and this release reads 1: density again"),
+    "parameters": (FINE, "entries do not fit"),
+    "columns": ({**FINE, "columns": 3}, "entries do not fit"),
+    "spec": ({**FINE, "spec": None}, "entries do not fit"),
+    "flow": ({**FINE, "spec": {**FINE["spec"], "flow": "magic"}}, "entries do not fit"),
+    "shape": ({**FINE, "spec": {**FINE["spec"], "event_shape": ["2"]}}, "entries do not fit"),
+    "missing": ({**FINE, "spec": {"flow": "nsf"}}, "entries do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_FILES))
+def test_bad_density_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = BAD_FILES[name]
+    torch.save(content, tmp_path / "density.pt")
+    assert_one_line(run(capsys, "sample", tmp_path), 2, message)
+    (tmp_path / "density.pt").write_bytes(b"")
+    assert_one_line(run(capsys, "sample", tmp_path), 2, "is not a density, or only half of one")
+
+
+# --- failures ---
+
+BAD_INPUT = {
+    "no such data": (["suns"], "no data 'suns': expected one of two-uniforms, .*, or a file"),
+    "no such file": (["gone.csv"], "No such file"),
+    "no such flow": (["moons", "--flow", "magic"], "invalid choice: 'magic'"),
+    "few rows": (["few.csv"], "few.csv: expected at least 20 rows .*, got 5"),
+    "no header": (["bare.csv"], "names of the columns in the first row, got numbers"),
+    "no column": (["data.csv", "--columns", "height,age"], "no column 'age': expected some of height"),
+    "nan": (["nan.csv"], "weight: 1 of 40 values are NaN"),
+    "constant": (["constant.csv"], "1 of 2 columns are constant .*: weight; leave them out"),
+    "no key": (["two.npz"], "expected --key, one of a, b"),
+    "wrong key": (["two.npz", "--key", "c"], "no 'c': expected --key, one of a, b"),
+    "key of a csv": (["data.csv", "--key", "a"], "--columns with a .csv and --key with an .npz"),
+    "key of a set": (["moons", "--key", "a"], "--key and --columns with a file only"),
+    "a number": (["scalar.npz"], r"expected rows \(N, D\) or images .*, got \(\)"),
+    "images by rows": (["moons", "--flow", "glow"], "'glow' is of images .*, and a row here is of shape"),
+    "one layer": (["moons", "--flow", "nested-qr", "--num-transforms", 2], "'nested-qr' has one layer"),
+    "fractions": (["data.csv", "--dequantize", "uniform"], "expected whole numbers from 0 on"),
+    "noise": (["whole.csv", "--dequantize", "uniform", "--flow", "nested-lu"], "add --dequantize no"),
+    "one dimension": (["data.csv", "--columns", "weight", "--flow", "realnvp"], "input_dim"),
+    "steps": (["moons", "--steps", 0], "--steps: expected an integer of at least 1"),
+    "not a directory": (["moons", "--output", "data.csv"], "Not a directory: 'data.csv'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD_INPUT))
+def test_bad_input(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = rows_of(40)
+    write_csv(Path("data.csv"), values)
+    write_csv(Path("few.csv"), values[:5])
+    write_csv(Path("bare.csv"), values, "1.5,2")
+    write_csv(Path("whole.csv"), values.abs().round())
+    write_csv(Path("constant.csv"), torch.stack([values[:, 0], torch.ones(40)], -1))
+    write_csv(Path("nan.csv"), torch.where(torch.arange(80).reshape(40, 2) == 7, math.nan, values))
+    np.savez("two.npz", a=np.zeros(3), b=np.zeros(3))
+    np.savez("scalar.npz", a=1.0)
+    before = contents(tmp_path)
+    argv, message = BAD_INPUT[name]
+    assert_one_line(run(capsys, "density", *argv), 2, message)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "pyro-flows-density").exists()
+
+
+def test_without_scikit_learn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert_one_line(run(capsys, "density", "iris"), 2, "pip install scikit-learn")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (FloatingPointError("no finite loss"), 1, "error: no finite loss"),
+        (KeyboardInterrupt(), 130, "interrupted; earlier results are as they were"),
+    ],
+    ids=["failing", "interrupted"],
+)
+def test_failing_run(
+    error: BaseException,
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    (tmp_path / "density.json").write_text("earlier")
+    monkeypatch.setattr(density_cli, "fit_density", fail)
+    assert_one_line(run(capsys, "density", "moons", *TINY, "--output", tmp_path), code, message)
+    assert contents(tmp_path) == {"density.json": b"earlier"}
+
+
+@pytest.mark.parametrize("argv", [["--list"], ["density", "--list"]], ids=str)
+def test_list(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, *argv)
+    assert done.code == 0
+    names = [line.split()[0] for line in done.out.splitlines() if line.startswith("  ")]
+    assert set(SOURCES) | set(FLOWS) <= set(names)
+    assert ("sylvester" in names and "eight-schools" in names) == (len(argv) == 1)
