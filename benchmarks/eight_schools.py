@@ -20,10 +20,15 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_flows_ext.cli.targets import TARGETS
 from pyro_flows_ext.diagnostics import importance
-from pyro_flows_ext.guides import AutoPlanar, AutoSylvester
+from pyro_flows_ext.guides import AutoIAF, AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import fit
 
-GUIDES = {"sylvester": AutoSylvester, "planar": AutoPlanar, "normal": AutoNormal}
+GUIDES = {
+    "iaf": AutoIAF,
+    "sylvester": AutoSylvester,
+    "planar": AutoPlanar,
+    "normal": AutoNormal,
+}
 
 
 def reference() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -49,7 +54,7 @@ def reference() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guides", nargs="+", choices=GUIDES, default=["sylvester", "normal"])
+    parser.add_argument("--guides", nargs="+", choices=GUIDES, default=["iaf", "sylvester", "normal"])
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -95,7 +95,7 @@ def test_fit_writes_files_that_open(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     content = torch.load(out / "guide.pt", weights_only=True)
     assert content["target"] == "eight-schools"
-    assert content["guide"] == {"kind": "sylvester", "num_transforms": 4}
+    assert content["guide"] == {"kind": "iaf", "num_transforms": 2}
 
 
 def test_fit_own_model(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +315,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "4.41 ± 3.31" in rows["reference"]
     assert "3.60 ± 3.20" in rows["reference"]
     assert "±" in rows["normal"]
-    assert "±" in rows["sylvester"]
+    assert "±" in rows["iaf"]
     assert len(list(out.glob("*.png"))) == 4
 
 

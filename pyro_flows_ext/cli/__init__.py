@@ -107,11 +107,11 @@ def _draw_from_guide(args: argparse.Namespace, output: Path) -> None:
 def _demo_command(args: argparse.Namespace) -> None:
     target = TARGETS["eight-schools"]
     print(
-        f"{target.description}: independent normals against a Sylvester flow, {args.steps} steps each"
+        f"{target.description}: independent normals against an inverse autoregressive flow, {args.steps} steps each"
     )
     with writing(args.output) as scratch:
         rows = {}
-        for kind in ("normal", "sylvester"):
+        for kind in ("normal", "iaf"):
             rows[kind] = fitted = _train(target, target.data(), GuideSpec(kind), args)
             write_figures(fitted, scratch / f"posterior-{kind}.png", scratch / f"loss-{kind}.png")
     print_comparison(target, rows, ("mu", "tau"))

@@ -17,7 +17,7 @@ from .targets import TARGETS
 EXAMPLES = """\
 examples:
   pyro-flows demo
-  pyro-flows fit eight-schools --guide sylvester --steps 4000 --seed 0 --output results
+  pyro-flows fit eight-schools --guide iaf --steps 4000 --seed 0 --output results
   pyro-flows fit my_model.py:model --data my_data.csv --output results
   pyro-flows density my_data.csv --flow nsf --output density
   pyro-flows sample results --num-samples 1000
@@ -42,7 +42,7 @@ reading the last lines:
   the ELBO, in nats, is higher the closer it is, and compares guides of one model.
 
 examples:
-  pyro-flows fit eight-schools --guide sylvester --steps 4000 --seed 0 --output results
+  pyro-flows fit eight-schools --guide iaf --steps 4000 --seed 0 --output results
   pyro-flows fit my_model.py:model --data my_data.json --guide planar --num-transforms 8
 """
 
@@ -148,7 +148,7 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument(
         "--guide",
         choices=GUIDES,
-        default="sylvester",
+        default="iaf",
         metavar="NAME",
         help=f"{', '.join(GUIDES)} (default: %(default)s)",
     )
@@ -156,7 +156,7 @@ def _add_fit(commands: Any) -> None:
         "--num-transforms",
         type=_at_least(1),
         metavar="K",
-        help="layers of the flow (default: 4 for sylvester, 16 for planar and radial)",
+        help="layers of the flow (default: 2 for iaf, 4 for sylvester and nsf, 8 for realnvp, 16 for planar and radial)",
     )
     _add_output(fit, "pyro-flows-output")
     _add_list(fit, "targets", "guides")

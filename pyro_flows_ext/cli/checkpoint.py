@@ -12,7 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from ..guides import AutoPlanar, AutoRadial, AutoSylvester
+from ..guides import AutoIAF, AutoNSF, AutoPlanar, AutoRadial, AutoRealNVP, AutoSylvester
 
 FORMAT = "pyro_flows_ext guide"
 VERSION = 1
@@ -28,6 +28,11 @@ class GuideKind:
 
 
 GUIDES = {
+    "iaf": GuideKind(
+        AutoIAF, 2, "inverse autoregressive flow (Kingma et al. 2016): the first choice"
+    ),
+    "realnvp": GuideKind(AutoRealNVP, 8, "affine couplings (Dinh et al. 2017)"),
+    "nsf": GuideKind(AutoNSF, 4, "spline couplings (Durkan et al. 2019)"),
     "planar": GuideKind(AutoPlanar, 16, "planar flow (Rezende & Mohamed 2015)"),
     "radial": GuideKind(AutoRadial, 16, "radial flow (Rezende & Mohamed 2015)"),
     "sylvester": GuideKind(AutoSylvester, 4, "Sylvester flow (van den Berg et al. 2018)"),
