@@ -54,7 +54,9 @@ def reference() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guides", nargs="+", choices=GUIDES, default=["iaf", "sylvester", "normal"])
+    parser.add_argument(
+        "--guides", nargs="+", choices=GUIDES, default=["iaf", "sylvester", "normal"]
+    )
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
