@@ -74,10 +74,11 @@ def fit(
     """Trains `guide` on `model(*args, **model_kwargs)` by stochastic gradient ascent on the bound.
 
     By default the ELBO with `num_particles` particles in one pass, or one by one, with a warning, where model or guide
-    does not vectorise (None: 64 in one pass, which takes little longer than 16, and 8 one by one). An `AutoFlow` is
-    trained by path gradients (`ImportanceWeightedELBO` of one particle, "stl"), whose noise vanishes as
+    does not vectorise (None: 64 in one pass, which takes little longer than 16, and 8 one by one). An `AutoFlow` with an
+    exact density is trained by path gradients (`ImportanceWeightedELBO` of one particle, "stl"), whose noise vanishes as
     the guide nears the posterior; a step takes up to three times as long, where the flow inverts by sweeps. Other guides
-    get Pyro's `Trace_ELBO`. `loss` is any Pyro ELBO, and then decides about particles.
+    get Pyro's `Trace_ELBO`, whose gradient is the quieter one far from the posterior. `loss` is any Pyro ELBO, and then
+    decides about particles.
 
     Adam's rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential" or "constant"); `optim` makes a
     torch optimizer from parameters, or is a `PyroOptim` and then decides about rates. Gradients are clipped to
@@ -238,7 +239,7 @@ def _elbo(
         "max_plate_nesting": plate_nesting(model, guide, args, kwargs),
         "vectorize_particles": reason is None,
     }
-    if isinstance(guide, AutoFlow):
+    if isinstance(guide, AutoFlow) and guide.exact_log_prob:
         return ImportanceWeightedELBO(1, "stl", num_bounds=num_particles, **options)
     return Trace_ELBO(num_particles=num_particles, **options)
 
