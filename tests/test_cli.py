@@ -119,7 +119,7 @@ def test_seed_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # --- sample ---
 
 
-@pytest.mark.parametrize("kind", list(GUIDES))
+@pytest.mark.parametrize("kind", [kind for kind in GUIDES if kind != "realnvp"])  # of one latent
 def test_sample_from_the_trained_guide(
     kind: str, model_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
