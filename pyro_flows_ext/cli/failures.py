@@ -49,12 +49,15 @@ def _one_line(error: Exception) -> str:
 
 
 def complain(message: str, code: int = 0) -> int:
+    """Prints one line to stderr under the program's name, and returns the exit code."""
     print(f"pyro-flows: {message}", file=sys.stderr)
     return code
 
 
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
+    """Shows warnings as one line each, without the line of source."""
+
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         complain(f"warning: {' '.join(str(message).split())}")
 

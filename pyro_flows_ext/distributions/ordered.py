@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..transforms._low_rank import LowRankTanh
-from ..transforms.autoregressive import Autoregressive
+from ..transforms._iterative import ITERATIVE
 from .flow import FlowDistribution, Part
-
-# Flows whose inverse or whose forward pass takes sweeps or roots: the penalty goes through both directions.
-_SLOW = (Autoregressive, LowRankTanh)
 
 
 class NestedDropoutFlow(FlowDistribution):
@@ -65,7 +61,7 @@ class NestedDropoutFlow(FlowDistribution):
             )
         self.register_buffer("order", order.clone())
         self.index_prob, self.reconstruction_weight = index_prob, reconstruction_weight
-        slow = {type(part).__name__ for part in self.modules() if isinstance(part, _SLOW)}
+        slow = {type(part).__name__ for part in self.modules() if isinstance(part, ITERATIVE)}
         if slow:
             warnings.warn(
                 f"{', '.join(sorted(slow))}: one direction takes up to {size} sweeps or finds roots, and the penalty of nested "

@@ -12,14 +12,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..transforms import FlowTransform
-from ..transforms._low_rank import LowRankTanh
-from ..transforms.autoregressive import Autoregressive
+from ..transforms._iterative import ITERATIVE
 from ..transforms.base import InverseFlow
 
 # Flows that draw in one pass and invert by sweeps or roots, which the density at a cut would take. Up to this dimension
 # their Jacobian, D backward passes in one batch, is cheaper: a step takes 1.2 to 1.5 times as long as without paths for
 # D = 4 and 10, 1.6 to 3.0 for 32 and 2.6 to 2.8 for 64; with the inverse 2.1 to 2.9, 3.8 to 6.5 and 3.9 to 7.9.
-ITERATIVE = (Autoregressive, LowRankTanh)
 MAX_JACOBIAN_DIM = 64
 
 
