@@ -12,14 +12,11 @@ All in nats a datum, with standard errors over the data.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
-from images import SETS, Images
+from images import Images, parser, run_all
 from vae import FLOWS, train, vae
 
 from pyro_flows_ext.diagnostics import gaps
@@ -68,34 +65,19 @@ def measure(result: InferenceGaps) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(
+        __doc__,
+        data="digits",
+        posteriors=["Gaussian", "Sylvester"],
+        seeds=1,
+        steps=3000,
+        latent=10,
+        hidden=200,
+        features=100,
     )
-    parser.add_argument("--data", choices=SETS, default="digits")
-    parser.add_argument("--posteriors", nargs="+", choices=FLOWS, default=["Gaussian", "Sylvester"])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--latent", type=int, default=10)
-    parser.add_argument("--hidden", type=int, default=200)
-    parser.add_argument("--features", type=int, default=100, help="what flows are linear in")
-    parser.add_argument("--num-data", type=int, default=100, help="test images looked at")
-    parser.add_argument("--max-steps", type=int, default=3000, help="of a local fit")
-    parser.add_argument("--output", type=Path, default=Path("benchmark-output"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    try:
-        images = SETS[options.data]()
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(options.seeds):
-        for name in options.posteriors:
-            rows.append(run(name, images, seed, options))
-            settings = {k: v for k, v in vars(options).items() if k != "output"}
-            record = {"settings": settings, "rows": rows}
-            (options.output / f"gaps_{options.data}.json").write_text(json.dumps(record, indent=1))
+    options.add_argument("--num-data", type=int, default=100, help="test images looked at")
+    options.add_argument("--max-steps", type=int, default=3000, help="of a local fit")
+    rows, _ = run_all(run, options, FLOWS, "gaps")
     print("| trained with | seed | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for row in rows:

@@ -1,13 +1,16 @@
-"""Binarised images as rows of zeros and ones: scikit-learn's digits, Caltech 101 Silhouettes, Omniglot.
+"""Binarised images as rows of zeros and ones: scikit-learn's digits, Caltech 101 Silhouettes, Omniglot; what runs on them share.
 
 The last two are read from `images/` in the folder named by PYRO_FLOWS_DATA.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +52,55 @@ def omniglot() -> Images:
 
 
 SETS = {"digits": digits, "caltech": caltech, "omniglot": omniglot}
+
+
+def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of an experiment with autoencoders; `defaults` by name."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--data", choices=SETS)
+    made.add_argument("--posteriors", nargs="+")
+    made.add_argument("--seeds", type=int)
+    made.add_argument("--first-seed", type=int, default=0)
+    made.add_argument("--steps", type=int)
+    made.add_argument("--lr", type=float, default=2e-3)
+    made.add_argument("--latent", type=int)
+    made.add_argument("--hidden", type=int)
+    made.add_argument("--features", type=int, help="what flows are linear in")
+    made.add_argument("--output", type=Path, default=Path("benchmark-output"))
+    made.set_defaults(**defaults)
+    return made
+
+
+Row = dict[str, Any]
+
+
+def run_all(
+    run: Callable[[str, Images, int, argparse.Namespace], Row],
+    made: argparse.ArgumentParser,
+    names: Iterable[str],
+    title: str,
+) -> tuple[list[Row], argparse.Namespace]:
+    """`run(posterior, images, seed, options)` for all that the command line asks for; after each, `{title}_{data}.json`."""
+    options = made.parse_args()
+    unknown = set(options.posteriors) - set(names)
+    if unknown:
+        made.error(f"--posteriors: expected some of {', '.join(names)}; got {', '.join(unknown)}")
+    torch.set_num_threads(1)
+    try:
+        images = SETS[options.data]()
+    except FileNotFoundError as error:
+        made.error(str(error))
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    rows: list[Row] = []
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for name in options.posteriors:
+            rows.append(run(name, images, seed, options))
+            record = json.dumps({"settings": settings, "rows": rows}, indent=1)
+            (options.output / f"{title}_{options.data}.json").write_text(record)
+    return rows, options
 
 
 def _read(name: str) -> dict[str, np.ndarray]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pyro_flows_ext.transforms import maf, nsf, realnvp
 
-# Two hidden layers of 128 and 8 bins on [-3, 3] everywhere.
-HIDDEN, BINS, BOUND = 128, 8, 3.0
+# Two hidden layers of 128 and 8 bins on [-5, 5] everywhere, as zuko has it.
+HIDDEN, BINS, BOUND = 128, 8, 5.0
 ARCHITECTURES = {"realnvp": 8, "maf": 5, "nsf": 3, "nsf-ar": 3}  # name -> layers
 LIBRARIES = ("pyro", "zuko", "nflows", "normflows")
 

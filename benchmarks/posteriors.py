@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="Pyro's own guides too")
     parser.add_argument("--nuts", action="store_true", help="only NUTS, 500 + 500, and its seconds")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path, help="folder for posteriors.json")
     options = parser.parse_args()
@@ -200,7 +201,7 @@ def main() -> None:
     rows = []
     for target in map(load, names):
         for guide in options.guides + (stock if options.stock else []):
-            for seed in range(options.seeds):
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
                 try:
                     row = run(target, guide, seed, options.steps)
                 except (FloatingPointError, ValueError, RuntimeError, NotImplementedError) as error:

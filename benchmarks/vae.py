@@ -13,18 +13,16 @@ image, on the test images, and the ELBO on those trained on.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from images import SETS, Images
+from images import Images, parser, run_all
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
@@ -127,7 +125,7 @@ def run(name: str, images: Images, seed: int, options: argparse.Namespace) -> di
     seconds = time.perf_counter() - start
     pyro.set_rng_seed(1000)
     test = images.test[: options.num_test]
-    return {
+    row = {
         "posterior": name,
         "seed": seed,
         "elbo": bound(model, guide, test.repeat(10, 1), 1),
@@ -137,44 +135,29 @@ def run(name: str, images: Images, seed: int, options: argparse.Namespace) -> di
         "seconds": seconds,
         "parameters": sum(p.numel() for p in guide.parameters()),
     }
+    print(
+        f"{name:10s} seed {seed}  test ELBO {row['elbo']:8.2f}  IWAE {row['iwae']:8.2f}  "
+        f"train ELBO {row['train_elbo']:8.2f}  best at step {best_step}  {seconds:5.0f} s",
+        flush=True,
+    )
+    return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(
+        __doc__,
+        data="caltech",
+        posteriors=list(FLOWS)[:3],
+        seeds=3,
+        steps=2000,
+        latent=32,
+        hidden=128,
+        features=64,
     )
-    parser.add_argument("--data", choices=SETS, default="caltech")
-    parser.add_argument("--posteriors", nargs="+", choices=FLOWS, default=list(FLOWS)[:3])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--latent", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--features", type=int, default=64, help="what flows are linear in")
-    parser.add_argument("--particles", type=int, default=200, help="K of the weighted bound")
-    parser.add_argument("--num-test", type=int, default=1000, help="test images looked at")
-    parser.add_argument("--output", type=Path, default=Path("benchmark-output"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    try:
-        images = SETS[options.data]()
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(options.seeds):
-        for name in options.posteriors:
-            row = run(name, images, seed, options)
-            rows.append(row)
-            print(
-                f"{name:10s} seed {seed}  test ELBO {row['elbo']:8.2f}  IWAE {row['iwae']:8.2f}  "
-                f"train ELBO {row['train_elbo']:8.2f}  best at step {row['best_step']}  {row['seconds']:5.0f} s",
-                flush=True,
-            )
-            settings = {k: v for k, v in vars(options).items() if k != "output"}
-            record = {"settings": settings, "rows": rows}
-            (options.output / f"vae_{options.data}.json").write_text(json.dumps(record, indent=1))
-    table(rows, options.particles)
+    options.add_argument("--particles", type=int, default=200, help="K of the weighted bound")
+    options.add_argument("--num-test", type=int, default=1000, help="test images looked at")
+    rows, chosen = run_all(run, options, FLOWS, "vae")
+    table(rows, chosen.particles)
 
 
 def table(rows: list[dict[str, Any]], particles: int) -> None:
