@@ -92,7 +92,7 @@ def draw(cells: Cells, targets: list[str], guides: list[str]) -> Figure:
                 text = "–"
             else:
                 text = format(value, form) if value < 100 else f"{value:.0e}"
-            dark = not 0.15 < shade[i, j] < 0.85
+            dark = shade[i, j] < 0.15 or shade[i, j] > 0.85  # neither where nothing was run
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
         axes.set_title(title, fontsize=9)
         axes.set_xticks(range(len(guides)), guides, rotation=35, ha="right", fontsize=8)
@@ -111,7 +111,8 @@ def main() -> None:
     options = parser.parse_args()
     cells: Cells = defaultdict(list)
     for row in (row for path in options.results for row in json.loads(path.read_text())):
-        row["target"] = row["target"].split("-", 1)[-1]  # the model's name, without the data's
+        row["target"] = row["target"].split("-", 1)[-1][:26]  # the model's name, without the data's
+        row["guide"] = {"iaf": "AutoIAF"}.get(row["guide"], row["guide"])
         cells[row["target"], row["guide"]].append(row)
     targets, guides = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     print_guides(cells, targets, guides)

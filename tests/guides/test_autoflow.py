@@ -1,67 +1,30 @@
 """`AutoFlow` and the guides built on it, as a user of Pyro meets them."""
 
-import copy
-import io
-import pickle
 import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from flow_guides import SHAPES, D, Y, every_guide, model, trained
 from pyro import poutine
 from pyro.infer import (
-    MCMC,
-    NUTS,
     SVI,
     JitTrace_ELBO,
-    Predictive,
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
-    config_enumerate,
 )
-from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
-from pyro.infer.reparam import NeuTraReparam
 
 from pyro_flows_ext.guides import (
-    AutoFlow,
     AutoPlanar,
-    AutoRadial,
     AutoSylvester,
 )
 from pyro_flows_ext.infer import fit
-from pyro_flows_ext.transforms import planar
-
-GUIDES = {"planar": AutoPlanar, "radial": AutoRadial, "sylvester": AutoSylvester}
-every_guide = pytest.mark.parametrize("guide_type", GUIDES.values(), ids=GUIDES)
-
-Y = torch.tensor([1.2, -0.4, 0.3])
-
-
-def model(y=Y):
-    """A global latent on the line, a positive one, a simplex, and one in a plate."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
-    pyro.sample("p", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
-    with pyro.plate("J", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
-
-
-SHAPES = {"mu": (), "tau": (), "p": (3,), "theta": (3,)}
-D = 7  # unconstrained: 1 + 1 + 2 + 3
-
-
-def trained(guide_type, steps=20, **options):
-    guide = guide_type(model, **options)
-    fit(model, guide, Y, num_steps=steps, num_particles=4, progress=False, warm_start=False, seed=1)
-    return guide
-
 
 LOSSES = {
     "trace": lambda: Trace_ELBO(),
@@ -238,192 +201,3 @@ def test_dtype_follows_the_model():
     assert {p.dtype for p in guide.parameters()} == {torch.float64}
     samples = guide.sample_posterior(2)
     assert samples["z"].dtype == guide.log_prob(samples).dtype == torch.float64
-
-
-# --- what must be refused ---
-
-
-def test_a_discrete_latent_is_refused_by_name():
-    def discrete():
-        pyro.sample("z", dist.Bernoulli(0.5))
-
-    guide = AutoPlanar(discrete)
-    with pytest.raises(ValueError, match="'z' is discrete"):
-        guide.setup()
-    assert guide.prototype_trace is None
-
-
-def test_a_hidden_discrete_latent_is_no_obstacle():
-    @config_enumerate
-    def mixture():
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("n", 3):
-            z = pyro.sample("z", dist.Bernoulli(0.5))
-            pyro.sample("y", dist.Normal(mu + z, 1.0), obs=Y)
-
-    guide = AutoPlanar(poutine.block(mixture, hide=["z"]), 2)
-    svi = SVI(mixture, guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1))
-    assert svi.step() > 0
-
-
-def test_a_local_latent_under_a_subsampled_plate_is_refused():
-    def subsampled():
-        with pyro.plate("data", 10, subsample_size=4):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match="'z' is local to plate 'data', which subsamples 4 of 10"):
-        AutoPlanar(subsampled).setup()
-
-
-def test_a_global_latent_beside_a_subsampled_plate_is_fine():
-    def subsampled(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 3, subsample_size=2) as index:
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
-
-    guide = AutoPlanar(subsampled, 2)
-    result = fit(subsampled, guide, Y, num_steps=20, progress=False, warm_start=False, seed=0)
-    assert result.skipped_steps == 0
-
-
-def test_arguments_that_resize_a_latent_are_refused_and_others_are_not():
-    guide = AutoPlanar(model, 1)
-    guide.setup(Y)
-    with pytest.raises(ValueError, match=r"'theta' has size .*'J', 5"):
-        guide(torch.zeros(5))
-
-    def regression(x, y=None):
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
-
-    guide = AutoPlanar(regression, 1)
-    guide.setup(Y, Y)
-    assert guide(torch.zeros(5))["w"].shape == ()
-
-
-def test_a_second_guide_is_refused_until_the_store_is_cleared():
-    first = trained(AutoSylvester)
-    second = AutoSylvester(model)
-    with pytest.raises(ValueError, match="already holds 'AutoSylvester' parameters"):
-        second.setup(Y)
-    with pyro.get_param_store().scope():
-        fit(model, second, Y, num_steps=2, progress=False, warm_start=False)
-    fit(model, first, Y, num_steps=2, progress=False, warm_start=False)
-    pyro.clear_param_store()
-    fit(model, second, Y, num_steps=2, progress=False, warm_start=False)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: AutoPlanar(model, init_scale=0.0), ValueError, "init_scale"),
-        (lambda: AutoFlow(model, "spiral"), ValueError, "expected one of planar"),
-        (lambda: AutoFlow(model, 3), TypeError, "flow: expected a name or a callable"),
-        (lambda: AutoFlow(model, lambda d: d).setup(Y), TypeError, "return a FlowTransform"),
-        (lambda: AutoSylvester(model, rank=9).setup(Y), ValueError, "rank: expected at most"),
-        (lambda: AutoPlanar(model).get_posterior(), ValueError, "call guide.setup"),
-    ],
-    ids=["scale", "name", "type", "factory", "rank", "not-set-up"],
-)
-def test_bad_arguments(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
-
-
-def test_flows_by_name_and_by_factory():
-    for flow in ("planar", "radial", "sylvester", lambda d: planar(d, num_transforms=2)):
-        pyro.clear_param_store()
-        guide = AutoFlow(model, flow)
-        guide.setup(Y)
-        assert guide.sample_posterior(2)["theta"].shape == (2, 3)
-
-
-# --- copies, files, other machinery of Pyro ---
-
-
-@every_guide
-def test_deepcopy_and_pickle_leave_the_original_usable(guide_type):
-    guide = trained(guide_type)
-    samples = guide.sample_posterior(5)
-    log_q = guide.log_prob(samples)
-    deep, loaded = copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))
-    fit(model, guide, Y, num_steps=5, progress=False, warm_start=False)  # the original goes on
-    assert (guide.log_prob(samples) != log_q).all()
-    for other in (deep, loaded):  # and the copies stay where they were
-        torch.testing.assert_close(other.log_prob(samples), log_q)
-    with pyro.get_param_store().scope():
-        fit(model, deep, Y, num_steps=2, progress=False, warm_start=False)
-
-
-def test_a_model_with_parameters_of_its_own_copies():
-    def empirical():
-        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
-        pyro.sample("z", dist.Uniform(-scale, scale))
-
-    guide = AutoPlanar(empirical, 1)
-    fit(empirical, guide, num_steps=2, progress=False, warm_start=False)
-    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
-        assert other.sample_posterior(3)["z"].shape == (3,)
-
-
-@pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])
-def test_predictive_with_a_reloaded_guide(parallel):
-    guide = trained(AutoSylvester)
-    loaded = pickle.loads(pickle.dumps(guide))
-    predictive = Predictive(model, guide=loaded, num_samples=7, parallel=parallel)
-    assert predictive(Y)["theta"].reshape(7, -1).shape == (7, 3)
-
-
-def test_state_dict_round_trip_loads_with_weights_only():
-    guide = trained(AutoSylvester)
-    buffer = io.BytesIO()
-    torch.save(guide.state_dict(), buffer)
-    buffer.seek(0)
-    pyro.clear_param_store()
-    fresh = AutoSylvester(model)
-    fresh.setup(Y)
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    samples = guide.sample_posterior(3)
-    torch.testing.assert_close(fresh.log_prob(samples), guide.log_prob(samples))
-
-
-def test_in_a_guide_list():
-    guide = AutoGuideList(model)
-    guide.append(AutoSylvester(poutine.block(model, expose=["mu", "tau"])))
-    guide.append(AutoNormal(poutine.block(model, expose=["p", "theta"])))
-    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-    svi.step(Y)
-    before = guide[0].transform[0].r.detach().clone()
-    svi.step(Y)
-    assert (guide[0].transform[0].r != before).any()
-
-
-def test_neutra_runs_on_a_trained_guide():
-    guide = trained(AutoSylvester).requires_grad_(False)
-    guide.eval()
-    neutra = NeuTraReparam(guide)
-    reparametrized = poutine.reparam(model, config=lambda _: neutra)
-    mcmc = MCMC(
-        NUTS(reparametrized, max_tree_depth=2), num_samples=3, warmup_steps=2, disable_progbar=True
-    )
-    mcmc.run(Y)
-    (latent,) = mcmc.get_samples().values()
-    samples = neutra.transform_sample(latent.unsqueeze(-2))
-    assert samples["theta"].shape == (3, 3)
-    assert samples["theta"].isfinite().all()
-
-
-def test_one_pass_samples_and_scores():
-    guide = AutoSylvester(model)
-    guide.setup(Y)
-    calls = []
-    flow = guide.transform[0]
-    for name in ("forward_and_ladj", "inverse_and_ladj"):
-        method = getattr(flow, name)
-        flow.__dict__[name] = lambda x, name=name, method=method: (calls.append(name), method(x))[1]
-    Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1).loss_and_grads(
-        model, guide, Y
-    )
-    assert calls == ["forward_and_ladj"]
