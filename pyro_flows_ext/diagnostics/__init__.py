@@ -1,6 +1,6 @@
 """How good is a guide? Importance weights, evidence, gaps, calibration, conditioning, summaries, export to ArviZ, plots."""
 
-from . import plots
+from . import plots, plots_images
 from .ais import AISResult, annealed_importance_sampling, log_evidence_ais
 from .calibration import CalibrationResult, simulation_based_calibration
 from .export import save_netcdf, to_inference_data
@@ -30,6 +30,7 @@ __all__ = [
     "lipschitz_estimate",
     "log_evidence_ais",
     "plots",
+    "plots_images",
     "rank_histogram",
     "round_trip_error",
     "save_netcdf",

@@ -1,7 +1,8 @@
-"""What each element of an image adds to the log-det of a flow over images."""
+"""What each element of an image adds to the log-det of a flow over images, and masks by it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..transforms import ComposeFlow, FlowTransform, Pixelwise
 from ..transforms.affine import ElementwiseAffine
 from ..transforms.coupling import Coupling
 from ..transforms.linear import HouseholderLinear, LULinear, QRLinear
+from ..transforms.multiscale import kept_elements
 
 
 def pull_with_contributions(
@@ -57,3 +59,33 @@ def _by_channel(transform: Any, ladj: Tensor) -> Tensor:
         f"contributions: {type(transform).__name__} of the channels has no log-det by channel; expected affine "
         "and linear ones"
     )
+
+
+def masks_by_share(shares: Sequence[Tensor]) -> list[Tensor]:
+    """Masks for `MultiScale`: of the four elements of each channel in each block, the two with the smaller shares leave.
+
+    `shares`: for each level but the last, a number by element of the first level's image, `(C, H, W)` each. Elements that
+    stay are followed from level to level.
+    """
+    masks: list[Tensor] = []
+    if not shares:
+        return masks
+    origin = torch.arange(shares[0].numel(), device=shares[0].device).reshape(shares[0].shape)
+    for share in shares:
+        C, H, W = origin.shape
+        blocks = share.flatten()[origin].reshape(C, H // 2, 2, W // 2, 2).movedim(2, 3).flatten(-2)
+        leaves = blocks.argsort(-1).argsort(-1) < 2
+        masks.append(leaves.unflatten(-1, (2, 2)).movedim(3, 2).reshape(C, H, W))
+        origin = origin.flatten()[kept_elements(masks[-1], origin.shape)]
+    return masks
+
+
+def mean_by_place(share: Tensor, level: int) -> Tensor:
+    """`share` `(C, H, W)` with the mean over the image of its place for each element.
+
+    A place is one of the blocks of 2^(level + 1) pixels a side: those of 2 x 2 elements at that level, from 0.
+    """
+    C, H, W = share.shape
+    side = 2 ** (level + 1)
+    means = share.reshape(C, H // side, side, W // side, side).mean((1, 3))
+    return means.repeat(1, H // side, W // side)

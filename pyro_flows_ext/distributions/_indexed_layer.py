@@ -21,8 +21,11 @@ Index = Tensor | Callable[[Tensor], Tensor] | None
 class IndexedLayer(nn.Module):
     """(z, ε) -> (F(z; u), u) with u = μ(z) + σ(z) ⊙ ε, and log r(u | a) for a = f⁻¹(F(z; u)) = exp(s(u)) ⊙ z + t(u).
 
-    p(u | z) = N(u; μ, σ²) and r, normal too, are N(0, I) at first, whatever z and a. `hidden_dims` are those of the
-    network of s and t, `index_hidden_dims` those of p and r, by default the same. See `IndexedTransform` for F.
+    p(u | z) = N(u; μ, σ²), and r is normal too. They start as one function, and s and t at zero: log p = log r at first, and the
+    layer is f exactly. That function is N(0, I) whatever z, or with `informative` one that tells z: where u is noise, s and t
+    have nothing to gain from it, nor p and r from telling z, a saddle at which the index may stay unused.
+    `hidden_dims` are those of the network of s and t, `index_hidden_dims` those of p and r, by default the same. See
+    `IndexedTransform` for F.
     With `context_dim` all of them see a context `(*, context_dim)` too, and f where it takes one.
     """
 
@@ -34,6 +37,8 @@ class IndexedLayer(nn.Module):
         hidden_dims: Sequence[int] = (10, 10),
         index_hidden_dims: Sequence[int] | None = None,
         context_dim: int = 0,
+        *,
+        informative: bool = False,
     ):
         super().__init__()
         self.input_dim, self.index_dim, self.context_dim = input_dim, index_dim, context_dim
@@ -42,10 +47,14 @@ class IndexedLayer(nn.Module):
         )
         wide = hidden_dims if index_hidden_dims is None else index_hidden_dims
 
+
         def network() -> MLP:
             return MLP(input_dim, 2 * index_dim, wide, context_dim=context_dim, zero_last=True)
 
         self.index_net, self.reverse_net = network(), network()
+        if informative:
+            tell_the_input(self.index_net, index_dim)
+            self.reverse_net.load_state_dict(self.index_net.state_dict())
 
     def push(
         self, z: Tensor, noise: Tensor, context: Tensor | None = None
@@ -71,3 +80,18 @@ class IndexedLayer(nn.Module):
         z, ladj = affine.inverse_and_ladj(a)
         noise, log_scale = affine_by(u, self.index_net(z, context), inverse=True)
         return z, noise, torch.stack([log_scale.sum(-1) + ladj + inner, log_normal_by(u, reverse)])
+
+
+@torch.no_grad()
+def tell_the_input(net: MLP, index_dim: int) -> None:
+    """Starts the location and log-scale of u, of a network of z, so that u tells z: an sd of about 1 over z, and σ = 1/e.
+
+    Xavier's initialisation for tanh, so that it is as much after any number of layers.
+    """
+    *hidden, last = (layer for layer in net if isinstance(layer, nn.Linear))
+    for layer in hidden:
+        nn.init.xavier_normal_(layer.weight, gain=5 / 3)
+    nn.init.normal_(last.weight[:index_dim], std=1.5 / last.in_features**0.5)
+    nn.init.zeros_(last.weight[index_dim:])
+    nn.init.zeros_(last.bias[:index_dim])
+    nn.init.constant_(last.bias[index_dim:], -1.0)

@@ -48,7 +48,8 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     `base`: as in `FlowDistribution`. `transforms`: one `FlowTransform`, which makes one layer, or several, one a layer, as the
     parts of a preset are (`maf(2, num_transforms=5)`). `index_dim`: the length of u_l. p_l and q_l are diagonal normals with
     location and scale from networks of `index_hidden_dims`; s and t have `hidden_dims`. q_l sees f_l⁻¹(z_l), in which u_l
-    is but a shift and a scale. All of these networks start at zero, and the density as that of the plain flow.
+    is but a shift and a scale. s and t start at zero and p_l as q_l, so that the density starts as that of the plain flow and
+    the bound is tight; the indices tell z from the start.
 
     Cost: `rsample` a forward pass, `log_prob` an inverse one, `log_prob_bound` K of them. Raises `TypeError` for a base or a transform of another kind,
     `ValueError` for a base with parameters that would not train, and for events that are no vectors.
@@ -83,7 +84,14 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         self.index_dim = check_positive("index_dim", index_dim)
         (dim,) = self.event_shape
         self.layers = nn.ModuleList(
-            IndexedLayer(part, dim, self.index_dim, tuple(hidden_dims), tuple(index_hidden_dims))
+            IndexedLayer(
+                part,
+                dim,
+                self.index_dim,
+                tuple(hidden_dims),
+                tuple(index_hidden_dims),
+                informative=True,
+            )
             for part in parts
         )
 

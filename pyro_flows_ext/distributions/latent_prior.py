@@ -26,8 +26,12 @@ class FlowVAE(BoundedDensity):
     `encoder`: `(*, D)` -> `(*, 2 latent_dim)`, those of q(ε | z), by default multilayer perceptrons of `hidden_dims`. Scales
     are between 1/1000 and 1000; the scale of p(z | ε) is learned, as it must be: a fixed one decides how much of z is noise.
 
+    Trained all at once, the flow makes z normal before the networks have learned to describe it, and ε goes unused: train first
+    with `flow.transform.requires_grad_(False)`, then all.
+
     `log_prob` is one draw of the bound, `log_prob_bound` its importance-weighted form. Cost: `rsample` a pass of decoder and
-    flow, `log_prob` one of flow, encoder and decoder. Raises `ValueError` for networks of other sizes.
+    flow, `log_prob` one of flow, encoder and decoder, and `log_prob_bound` K of the networks, but one of the flow for each
+    chunk. Raises `ValueError` for networks of other sizes.
 
     Source: Das, Abbeel & Spanos 2019, Dimensionality Reduction Flows, sec. 3.1, eq. 11.
     """
@@ -97,7 +101,16 @@ class FlowVAE(BoundedDensity):
 
     def _log_weights(self, value: Tensor) -> Tensor:
         z, ladj = self.transform.inverse_and_ladj(value)
+        return self._log_weights_of(z) + ladj
+
+    def _log_weights_of(self, z: Tensor) -> Tensor:
+        """log p(z, ε) - log q(ε | z) for one ε ~ q by row: `(*, D)` -> `(*)`."""
         encoded = self.encoder(z)
         noise = draw_by(encoded)
         log_p = log_standard_normal(noise) + log_normal_by(z, self.decoder(noise))
-        return log_p - log_normal_by(noise, encoded) + ladj
+        return log_p - log_normal_by(noise, encoded)
+
+    def _log_mass(self, value: Tensor) -> Tensor:
+        # The repeated values have one z, and the flow is the dear part.
+        z, ladj = self.transform.inverse_and_ladj(value[0])
+        return self._log_weights_of(z.expand(len(value), *z.shape)).logsumexp(0) + ladj

@@ -22,8 +22,7 @@ from ..transforms import (
     SplineCoupling,
     Squeeze,
 )
-from ..transforms.multiscale import kept_elements
-from ._contributions import pull_with_contributions
+from ._contributions import masks_by_share, mean_by_place, pull_with_contributions
 from .flow import FlowDistribution
 
 Shape = tuple[int, int, int]
@@ -121,24 +120,17 @@ class MultiScaleFlow(FlowDistribution):
                     image, ladj, origin = image.flatten(-3)[..., keep], ladj.flatten(-3)[..., keep], origin.flatten()[keep]  # fmt: skip
         return [total.reshape(levels.event_shape) / len(data) for total in totals]
 
-    def likelihood_masks(self, data: Tensor) -> list[Tensor]:
+    def likelihood_masks(self, data: Tensor, *, same_places: bool = False) -> list[Tensor]:
         """Masks for `factored`: of the four elements of each channel in each block, the two with the smaller shares leave.
 
         The shares are those of `contributions`, means over `data` `(N, C, H, W)`: masks by image would not be invertible.
+        With `same_places` they are means over the blocks too, so that the same places leave every block: a channel of the
+        next level then holds one place, as convolutions expect.
         """
-        masks: list[Tensor] = []
-        contributions = self.contributions(data)
-        origin = torch.arange(contributions[0].numel(), device=data.device)
-        origin = origin.reshape(contributions[0].shape)
-        for share in contributions[:-1]:
-            C, H, W = origin.shape
-            blocks = (
-                share.flatten()[origin].reshape(C, H // 2, 2, W // 2, 2).movedim(2, 3).flatten(-2)
-            )
-            leaves = blocks.argsort(-1).argsort(-1) < 2
-            masks.append(leaves.unflatten(-1, (2, 2)).movedim(3, 2).reshape(C, H, W))
-            origin = origin.flatten()[kept_elements(masks[-1], origin.shape)]
-        return masks
+        shares = self.contributions(data)[:-1]
+        if same_places:
+            shares = [mean_by_place(share, i) for i, share in enumerate(shares)]
+        return masks_by_share(shares)
 
     def _enter(self, data: Tensor) -> Tensor:
         """Data as the first level sees them."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..transforms._iterative import ITERATIVE
+from ..transforms.compose import reads_context
 from .flow import FlowDistribution, Part
 
 
@@ -23,13 +24,13 @@ class NestedDropoutFlow(FlowDistribution):
     `index_prob` p, by datum, and what exceeds D keeps all. So z_1 says most about x, as a first principal component does,
     while log p(x) stays what the flow gives it. `reconstruction_weight` is λ, in nats by squared unit of x.
 
-    `base` and `transforms` as in `FlowDistribution`; the base is centred at 0. `order`: the latents, flat, from the first to
-    be kept to the last (all D, each once); None for their own order.
+    `base` and `transforms` as in `FlowDistribution`, without a context; the base is centred at 0. `order`: the latents, flat,
+    from the first to be kept to the last (all D, each once); None for their own order.
     In a model, inside its plate: `flow.observe("x", x)`, which is `pyro.sample("x", flow, obs=x)` and the penalty as a factor
     (a penalty inside `log_prob` would make it no density).
     Cost: `log_prob` an inverse pass; `penalty` an inverse and a forward pass, with gradients through both: warns where one of
     them takes sweeps or finds roots.
-    Raises `ValueError` for arguments out of range.
+    Raises `ValueError` for arguments out of range and for a transform that takes a context.
 
     Source: Bekasov & Murray 2020, Ordering Dimensions with Nested Dropout Normalizing Flows, eq. 6.
     """
@@ -53,6 +54,10 @@ class NestedDropoutFlow(FlowDistribution):
                 f"reconstruction_weight: expected a finite number >= 0, got {reconstruction_weight!r}"
             )
         super().__init__(base, transforms, validate_args=validate_args)
+        if reads_context(self.transform):
+            raise ValueError(
+                "transforms: expected ones without a context, of which the latents have one order"
+            )
         size = self._latent_shape().numel()
         order = torch.arange(size) if order is None else torch.as_tensor(order)
         if order.shape != (size,) or not torch.equal(order.sort().values, torch.arange(size)):

@@ -10,6 +10,7 @@ from pyro import poutine
 
 import pyro_flows_ext.transforms as T
 from pyro_flows_ext.distributions import ContinuouslyIndexedFlow
+from pyro_flows_ext.nn import MLP
 from pyro_flows_ext.testing import perturb
 
 HIDDEN = (6,)
@@ -25,6 +26,9 @@ INNER = {
 def indexed(transforms, dim=2, index_dim=1, scale=0.4, base=None):
     base = normal(dim) if base is None else base
     density = ContinuouslyIndexedFlow(base, transforms, index_dim, (5,), HIDDEN)
+    for layer in density.layers:  # indices that tell little, so that the weights have moments
+        for net in (layer.index_net, layer.reverse_net):
+            net.load_state_dict(MLP(dim, 2 * index_dim, HIDDEN, zero_last=True).state_dict())
     return perturb(density, scale=scale).double()
 
 

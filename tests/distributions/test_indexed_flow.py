@@ -18,7 +18,7 @@ from pyro_flows_ext.testing import integrate, perturb
 
 @pytest.mark.parametrize("name", INNER)
 def test_starts_as_the_flow_without_indices(name):
-    """s = t = 0 and q = p = N(0, 1): every weight is the density of the plain flow."""
+    """s = t = 0 and q = p: every weight is the density of the plain flow."""
     parts = list(INNER[name](2))
     density = ContinuouslyIndexedFlow(normal(2), parts, 2).double()
     for part in parts:
@@ -27,6 +27,31 @@ def test_starts_as_the_flow_without_indices(name):
     x = points(6, 2)
     torch.testing.assert_close(density.log_prob(x), plain.log_prob(x))
     torch.testing.assert_close(density.log_prob_bound(x, 7), plain.log_prob(x))
+
+
+@pytest.mark.parametrize("hidden_dims", [(50,), (50, 50, 50, 50)], ids=str)
+def test_indices_tell_where_they_are_from_the_start(hidden_dims):
+    """The mutual information of u and z, about log(1 + var μ / σ²) / 2, is of the order of a nat."""
+    density = ContinuouslyIndexedFlow(normal(2), T.planar(2), 1, index_hidden_dims=hidden_dims)
+    loc, log_scale = density.layers[0].index_net(torch.randn(2000, 2)).chunk(2, -1)
+    assert 0.3 < (0.5 * (1 + loc.var() / (2 * log_scale).exp().mean()).log()).item() < 2.5
+
+
+def test_training_puts_the_indices_to_use():
+    """Two separate bumps under an affine map, which alone is a normal: 2.12 nats at best. The data's entropy is .91."""
+    density = ContinuouslyIndexedFlow(normal(1), T.elementwise_affine(1))
+    optimizer = torch.optim.Adam(density.parameters(), lr=5e-3)
+
+    def loss():
+        side = 2.0 * torch.randint(0, 2, (256, 1)) - 1
+        return -density.log_prob(2 * side + 0.3 * torch.randn(256, 1)).mean()
+
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert torch.stack([loss() for _ in range(20)]).mean() < 1.8
 
 
 def test_maps_that_do_not_depend_on_their_index_give_the_plain_flow():

@@ -122,5 +122,7 @@ def test_refusals_and_the_warning():
         make(order=[0, 0, 1])
     with pytest.raises(ValueError, match="from 0 to 3"):
         make().project(data(), 4)
+    with pytest.raises(ValueError, match="without a context"):
+        NestedDropoutFlow(dist.Normal(torch.zeros(D), 1.0), realnvp(D, context_dim=2))
     with pytest.warns(UserWarning, match="up to 3 sweeps"):
         NestedDropoutFlow(dist.Normal(torch.zeros(D), 1.0), affine_autoregressive(D))
