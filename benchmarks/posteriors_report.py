@@ -110,7 +110,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for posteriors.png")
     options = parser.parse_args()
     cells: Cells = defaultdict(list)
+    seen: dict[tuple[str, str, int], Row] = {}  # of a run that was repeated, the last
     for row in (row for path in options.results for row in json.loads(path.read_text())):
+        seen[row["target"], row["guide"], row["seed"]] = row
+    for row in seen.values():
         row["target"] = row["target"].split("-", 1)[-1][:26]  # the model's name, without the data's
         row["guide"] = {"iaf": "AutoIAF"}.get(row["guide"], row["guide"])
         cells[row["target"], row["guide"]].append(row)

@@ -1,6 +1,7 @@
 """Training guides and densities: bounds, annealing, and where to begin."""
 
 from .annealing import AnnealedELBO, cosine, linear, rezende
+from .compiled import CompiledSVI
 from .density_training import DensityFitResult, fit_density
 from .importance import ImportanceWeightedELBO
 from .training import FitResult, fit
@@ -8,6 +9,7 @@ from .warm_start import WarmStart, warm_start
 
 __all__ = [
     "AnnealedELBO",
+    "CompiledSVI",
     "DensityFitResult",
     "FitResult",
     "ImportanceWeightedELBO",

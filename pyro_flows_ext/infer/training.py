@@ -21,6 +21,10 @@ from torch import Tensor
 
 from ..guides import AutoFlow
 from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded
+from .compiled.arguments import Call
+from .compiled.refusal import Refusal
+from .compiled.training import CompiledTraining, Timing
+from .compiled.updates import Owner, owner_in
 from .importance import ImportanceWeightedELBO
 from .log_density import nonfinite_ignored
 from .particles import Program, plate_nesting, why_not_vectorized
@@ -39,7 +43,7 @@ class FitResult:
     `elbo` ± `elbo_se` is the mean bound over the last tenth of the run, while the parameters still move a little;
     `diagnostics.importance` estimates it afresh. `converged` says that the bound rose by less than `tolerance` nats,
     or not significantly, from the tenth in the middle of the run to the last one: that more steps would change
-    little, not that the guide is right. `seconds` counts the warm start too.
+    little, not that the guide is right. `seconds` counts the warm start too. `compiled`: whether the last steps were.
     """
 
     losses: Tensor
@@ -51,6 +55,7 @@ class FitResult:
     seconds: float
     guide: Program = field(repr=False)
     warm_start: WarmStart | None = field(repr=False, default=None)
+    compiled: bool = False
 
 
 def fit(
@@ -68,6 +73,7 @@ def fit(
     clip_norm: float | None = 10.0,
     tolerance: float = 0.1,
     warm_start: bool | str = "auto",
+    compile: bool | str = "auto",
     seed: int | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -88,6 +94,10 @@ def fit(
     the flow trains on what they leave. "auto" does so for an `AutoFlow` that this call sets up: one that was set up
     before may have been whitened or trained already.
 
+    `compile`: whether steps run in a compiled graph, with the same numbers to rounding: see docs/compiled.md. "auto" does
+    so where the eager steps that are left would take more than a minute, as compiling takes 10 to 40 seconds. What does
+    not compile is trained eagerly, with a warning for True.
+
     A step whose loss or gradient is not finite changes nothing and is counted. `seed` makes the run reproducible,
     initial parameters included where the guide has none yet, and leaves the global generators as they were.
 
@@ -98,6 +108,8 @@ def fit(
     check_settings(lr, schedule, num_steps=num_steps, num_particles=particles)
     if warm_start not in (True, False, "auto"):
         raise ValueError(f'warm_start: expected True, False or "auto", got {warm_start!r}')
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
     kwargs = dict(model_kwargs or {})
     with seeded(seed):
         start = time.perf_counter()
@@ -110,6 +122,7 @@ def fit(
             loss = _elbo(model, guide, args, kwargs, num_particles, why_not)
         trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
         trainer.use(optim, lr, decay(schedule, num_steps, final_lr))
+        trainer.timing = Timing(num_steps, compile)
         losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
         bad, skipped = 0, 0
         for step in _progress(num_steps, losses, progress):
@@ -141,6 +154,7 @@ def fit(
         seconds=seconds,
         guide=guide,
         warm_start=begun,
+        compiled=trainer.compiled is not None,
     )
 
 
@@ -157,8 +171,10 @@ class _Trainer:
         clip_norm: float | None,
     ):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.loss, self.clip_norm = loss, clip_norm
+        self.loss, self.clip_norm = loss, math.inf if clip_norm is None else clip_norm
         self.known: dict[int, Tensor] = {}
+        self.compiled: CompiledTraining | None = None
+        self.timing, self.updates = Timing(0, False), 0
 
     def use(
         self, optim: OptimFactory | PyroOptim | None, lr: float, decay: Callable[[int], float]
@@ -179,16 +195,30 @@ class _Trainer:
 
     def step(self) -> float | None:
         """The loss before the update, or None (and no update) if it or its gradient is not finite."""
+        if self.timing.is_due(self.updates):
+            self._compile()
+        if self.compiled is not None:
+            try:
+                self._set_rates()
+                value = self.compiled.step()
+                self.count += 1
+                return value
+            except Refusal as refusal:
+                self._go_on_eagerly(refusal)
+        return self._eager_step()
+
+    def _eager_step(self) -> float | None:
         with poutine.trace(param_only=True) as capture:
             value = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
         sites: list[Any] = [s for s in capture.trace.nodes.values() if s["type"] == "param"]
-        params = list({id(p): p for p in (s["value"].unconstrained() for s in sites)}.values())
+        self.params = {s["name"]: s["value"].unconstrained() for s in sites}
+        params = list({id(p): p for p in self.params.values()}.values())
         active = [p for p in params if p.grad is not None]
-        clip_norm = math.inf if self.clip_norm is None else self.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(active, clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(active, self.clip_norm)
         finite = math.isfinite(value) and bool(norm.isfinite())
         if finite:
             self._update(params)
+            self.updates += 1
         for p in params:
             p.grad = None
         self.count += 1
@@ -208,9 +238,35 @@ class _Trainer:
         elif new:
             self.optimizer.add_param_group({"params": new})
             self.base_lrs.append(self.base_lrs[0])
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * self.decay(self.count)
+        self._set_rates()
         self.optimizer.step()
+
+    def _set_rates(self) -> None:
+        if self.optimizer is not None:
+            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base * self.decay(self.count)
+
+    # --- compiled steps ---
+
+    def _compile(self) -> None:
+        call = Call(self.loss, self.model, self.guide, self.args, self.kwargs)
+        try:
+            self.compiled = CompiledTraining(call, self.params, self._owner_of, self.clip_norm)
+        except Refusal as refusal:
+            self._go_on_eagerly(refusal)
+
+    def _owner_of(self, p: Tensor) -> Owner:
+        if self.pyro_optim is not None:
+            return owner_in(self.pyro_optim, p)
+        if self.optimizer is None:
+            raise Refusal("no step has been taken yet")
+        [group] = [g for g in self.optimizer.param_groups if any(q is p for q in g["params"])]
+        return Owner(self.optimizer, group)
+
+    def _go_on_eagerly(self, refusal: Refusal) -> None:
+        self.compiled = None
+        if self.timing.when is True:
+            warnings.warn(f"fit takes eager steps: {refusal}", stacklevel=5)
 
 
 def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,0 +1,46 @@
+"""What is called: a loss of model and guide with arguments, in parts that a graph has as constants or as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..particles import Program
+from .refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Call:
+    """The loss of a model and a guide with some arguments."""
+
+    loss: Any  # an ELBO; its abstract base declares no loss
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def read_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
+    """The key: structure, shapes, layouts, and the values of all that is no tensor. Raises `Refusal` if those have no hash."""
+    if not args and not kwargs:
+        return (), []
+    leaves, structure = tree_flatten((args, kwargs))
+    key: list[Any] = [structure]
+    tensors: list[Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            key.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+            tensors.append(leaf)
+            continue
+        try:
+            hash(leaf)
+        except TypeError:
+            raise Refusal(
+                f"an argument of type {type(leaf).__name__} can be neither an input nor a constant; pass a tensor"
+            ) from None
+        key.append((type(leaf), leaf))
+    return tuple(key), tensors

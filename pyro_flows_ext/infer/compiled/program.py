@@ -1,0 +1,163 @@
+"""A compiled program: some steps of loss, gradient and update in one call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .refusal import Refusal
+from .tracing import LossGraph
+from .updates import Updates
+
+Backend = str | Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
+
+
+class StepProgram:
+    """`num_steps` steps on live parameters and optimizer states, which are written in place."""
+
+    def __init__(
+        self,
+        traced: LossGraph,
+        params: Mapping[str, Tensor],
+        updates: Updates,
+        arguments: Sequence[Tensor],
+        with_beta: bool,
+        num_steps: int,
+        backend: Backend,
+    ):
+        self.updates, self.num_steps, self.with_beta = updates, num_steps, with_beta
+        self.params = list(params.values())
+        self.fixed = [*self.params, *updates.tensors, *traced.others]
+        _check_memory([*self.params, *updates.tensors], [*traced.others, *arguments])
+        self.dtype, self.device = self.params[0].dtype, self.params[0].device
+        self.numbers = torch.zeros(num_steps, updates.width, dtype=torch.float64)
+        self.places = [t.data_ptr() for t in self.fixed]
+        self.steps_seen = -1  # how many steps there had been, by whatever program, after its last
+        self.trainable = [p.requires_grad for p in self.params]
+        example = [t.detach() for t in (*self.fixed, *self._changing(arguments, [1.0] * num_steps))]
+        steps = _several_steps(
+            traced, updates, len(self.params), len(arguments), with_beta, num_steps
+        )
+        if backend == "eager":  # the graph of the loss is interpreted as it is
+            self.run: Callable[..., Any] = steps
+            return
+        with torch.no_grad():
+            graph = make_fx(steps, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+            self.run = _compile(graph, example, backend)
+
+    def is_current(self, others_stepped: bool) -> bool:
+        """Whether all tensors lie where the program writes and reads, with optimizers that it suits."""
+        return (
+            [t.data_ptr() for t in self.fixed] == self.places
+            and [p.requires_grad for p in self.params] == self.trainable
+            and self.updates.is_current(others_stepped)
+        )
+
+    def __call__(self, arguments: Sequence[Tensor], loss: Any) -> list[float]:
+        """Takes the steps; their losses, NaN for steps that joint clipping leaves out."""
+        betas = []
+        if self.with_beta:
+            for _ in range(self.num_steps):
+                betas.append(loss.beta)
+                loss.advance()
+        with torch.no_grad():
+            (result,) = self.run(*self.fixed, *self._changing(arguments, betas))
+        losses: list[float] = result.tolist()
+        taken = self.num_steps
+        if self.updates.joint_clip is not None:
+            taken -= sum(map(math.isnan, losses))
+        self.updates.taken(taken)
+        return losses
+
+    def _changing(self, arguments: Sequence[Tensor], betas: Sequence[float]) -> list[Tensor]:
+        self.numbers.numpy()[:] = self.updates.numbers(self.num_steps)
+        changing = [*arguments, self.numbers.to(self.device)]
+        if self.with_beta:
+            changing.append(torch.tensor(betas, dtype=self.dtype, device=self.device))
+        return changing
+
+
+def _check_memory(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+    """Raises `Refusal` where what is written shares memory with another input: compilers get that wrong."""
+    counts = Counter(t.untyped_storage().data_ptr() for t in (*written, *read) if t.numel())
+    if any(counts[t.untyped_storage().data_ptr()] > 1 for t in written):
+        raise Refusal("a parameter shares its memory with another tensor that the program reads")
+
+
+def _several_steps(
+    traced: LossGraph,
+    updates: Updates,
+    num_params: int,
+    num_arguments: int,
+    with_beta: bool,
+    num_steps: int,
+) -> Callable[..., tuple[Tensor]]:
+    """(*params, *states, *others, *arguments, numbers, betas?) -> losses, as a function to trace."""
+    counts = [num_params, len(updates.tensors), len(traced.others), num_arguments, 1]
+
+    def steps(*flat: Tensor) -> tuple[Tensor]:
+        rest, parts = list(flat), []
+        for count in counts:
+            parts.append(rest[:count])
+            rest = rest[count:]
+        params, states, others, arguments, (numbers,) = parts
+        reached = [p for p, is_reached in zip(params, traced.reached, strict=True) if is_reached]
+        losses = []
+        for i in range(num_steps):
+            beta = [rest[0][i]] if with_beta else []
+            loss, *grads = traced.graph(*params, *arguments, *beta, *others)
+            losses.append(updates.apply(loss, grads, reached, states, numbers[i]))
+        return (torch.stack(losses),)
+
+    return steps
+
+
+def _compile(graph: GraphModule, example: list[Tensor], backend: Backend) -> Callable[..., Any]:
+    """Hands the graph to a compiler, past dynamo: there is nothing left to capture, and its guards cost as much as a step."""
+    try:
+        with _quiet():
+            if backend == "inductor":
+                from torch._inductor.compile_fx import compile_fx
+
+                return compile_fx(graph, example, config_patches=_options(example))  # type: ignore[return-value]
+            if isinstance(backend, str):
+                backend = torch._dynamo.lookup_backend(backend)
+            return backend(graph, example)
+    except Exception as error:
+        message = str(error).strip().split("\n")[0]
+        raise Refusal(f"the compiler gave up: {type(error).__name__}: {message}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what compilers say about themselves, in warnings and in their log."""
+    log = logging.getLogger("torch._inductor")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _options(example: Sequence[Tensor]) -> dict[str, Any]:
+    """Draws by torch's own generators, in the order of the program: the same seeds give what the handlers give."""
+    options: dict[str, Any] = {"fallback_random": True}
+    if any(t.device.type == "cuda" for t in example):
+        options["triton.cudagraphs"] = True
+    elif shutil.which("g++") or shutil.which("clang++"):
+        options["cpp_wrapper"] = True
+    return options

@@ -1,0 +1,180 @@
+"""Optimizers in the graph: they read and write the state of the very objects that would take the step eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.optim import is_scheduler
+from torch import Tensor
+
+from .refusal import Refusal
+from .rules import ClippedAdam, Group, Rule, rule_of
+
+# As `torch.nn.utils.clip_grad_norm_` has it.
+_CLIP_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who updates a parameter: a torch optimizer, its group of settings, and clipping of this parameter's gradient."""
+
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+    clip: tuple[tuple[str, float], ...] = ()
+
+
+def owner_in(optim: PyroOptim, p: Tensor) -> Owner:
+    """Of a parameter that a `PyroOptim` has seen."""
+    holder = optim.optim_objs[p]
+    optimizer = holder.optimizer if is_scheduler(holder) else holder
+    clip = optim._get_grad_clip_args(p)  # type: ignore[arg-type]
+    kept = tuple((k, float(v)) for k, v in sorted(clip.items()) if v is not None)
+    return Owner(optimizer, optimizer.param_groups[0], kept)
+
+
+class _Cohort:
+    """Parameters that share rule, settings, rate and count of steps, and so the numbers of a step."""
+
+    def __init__(self, rule: Rule, group: Group, lr: float, t: int):
+        self.rule, self.lr, self.t = rule, lr, t
+        self.settings: Group = {name: group[name] for name in rule.settings}
+        self.width = len(rule.numbers(self.settings, lr, t + 1))
+
+    def numbers(self, num_steps: int) -> list[tuple[float, ...]]:
+        """What changes, for each of the next steps."""
+        rows, lr = [], self.lr
+        for t in range(self.t + 1, self.t + num_steps + 1):
+            lr = self.rule.rate_after(self.settings, lr)
+            rows.append(self.rule.numbers(self.settings, lr, t))
+        return rows
+
+    def take(self, num_steps: int) -> None:
+        self.t += num_steps
+        for _ in range(num_steps):
+            self.lr = self.rule.rate_after(self.settings, self.lr)
+
+
+class Updates:
+    """Steps of the optimizers of some parameters.
+
+    `tensors` is their state, which the graph writes in place; `numbers` what changes from step to step; `taken` tells
+    the optimizers that steps were taken. With a `joint_clip` the gradients are clipped to this norm together, and a
+    step without finite loss and gradient changes nothing, which is not to be told.
+
+    Raises `Refusal` for an optimizer without a rule, and for one that has not yet made its state.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], owners: Sequence[Owner], joint_clip: float | None = None
+    ):
+        self.params, self.owners, self.joint_clip = list(params), list(owners), joint_clip
+        self.cohorts: list[_Cohort] = []
+        self.tensors: list[Tensor] = []
+        self.names: list[tuple[str, ...]] = []
+        self.by_hand: list[tuple[dict[str, Any], dict[str, Any], _Cohort]] = []
+        distinct: dict[Any, _Cohort] = {}
+        for p, owner in zip(self.params, self.owners, strict=True):
+            rule, state = rule_of(owner.optimizer, owner.group), owner.optimizer.state.get(p, {})
+            names = rule.states(owner.group)
+            missing = [name for name in names if not isinstance(state.get(name), Tensor)]
+            if missing:
+                raise Refusal(f"{type(owner.optimizer).__name__} has not yet made its {missing[0]}")
+            lr, t = float(owner.group["lr"]), int(state.get("step", 0))
+            settings = tuple((name, owner.group[name]) for name in rule.settings)
+            key = (rule, settings, lr, t)
+            if key not in distinct:
+                distinct[key] = _Cohort(rule, owner.group, lr, t)
+            self.cohorts.append(distinct[key])
+            step = state.get("step")
+            if isinstance(step, Tensor) and step.device == p.device:
+                names += ("step",)
+            elif step is not None:
+                self.by_hand.append((state, owner.group, distinct[key]))
+            self.tensors += [state[name] for name in names]
+            self.names.append(names)
+        self.distinct = list(distinct.values())
+        self.stores = [owner.optimizer.state for owner in self.owners]
+        self.width = sum(cohort.width for cohort in self.distinct)
+
+    def is_current(self, others_stepped: bool) -> bool:
+        """Takes over new rates, and counts if others stepped; whether they and the state still suit the graph."""
+        seen: set[int] = set()
+        for p, owner, cohort, store in zip(
+            self.params, self.owners, self.cohorts, self.stores, strict=True
+        ):
+            lr = owner.group["lr"]
+            if id(cohort) not in seen:
+                seen.add(id(cohort))
+                cohort.lr = float(lr)
+                if others_stepped:
+                    cohort.t = int(store.get(p, {}).get("step", 0))
+            if lr != cohort.lr or owner.optimizer.state is not store:
+                return False
+            if others_stepped and int(store.get(p, {}).get("step", 0)) != cohort.t:
+                return False
+        return True
+
+    def numbers(self, num_steps: int) -> list[list[float]]:
+        """`num_steps` rows of `width` numbers: what changes, for each of the next steps."""
+        columns = [cohort.numbers(num_steps) for cohort in self.distinct]
+        if len(columns) == 1:
+            return [list(row) for row in columns[0]]
+        return [[x for part in row for x in part] for row in zip(*columns, strict=True)]
+
+    def taken(self, num_steps: int) -> None:
+        """Counts steps, in the optimizers too where they count by Python's numbers, and lets rates fall that they lower."""
+        for cohort in self.distinct:
+            cohort.take(num_steps)
+        for state, group, cohort in self.by_hand:
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(cohort.t)
+            else:
+                state["step"] = cohort.t
+            if isinstance(cohort.rule, ClippedAdam):
+                group["lr"] = cohort.lr
+
+    # --- inside the graph ---
+
+    def apply(
+        self,
+        loss: Tensor,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        numbers: Tensor,
+    ) -> Tensor:
+        """Writes parameters and state after a step with one row of `numbers`; the loss, NaN if nothing was to change."""
+        parts = numbers.split([cohort.width for cohort in self.distinct])
+        columns = {id(c): part for c, part in zip(self.distinct, parts, strict=True)}
+        finite: Tensor | None = None
+        if self.joint_clip is not None:
+            norm = torch.stack([g.norm() for g in grads]).norm()
+            finite = loss.isfinite() & norm.isfinite()
+            factor = (self.joint_clip / (norm + _CLIP_EPS)).clamp(max=1.0)
+            grads = [g * factor for g in grads]
+        rest = list(tensors)
+        for i, (p, g, owner, cohort) in enumerate(
+            zip(params, grads, self.owners, self.cohorts, strict=True)
+        ):
+            names = self.names[i]
+            held, rest = rest[: len(names)], rest[len(names) :]
+            c, state = columns[id(cohort)].to(p.dtype).unbind(), dict(zip(names, held, strict=True))
+            new_p, new = cohort.rule.update(p, _clipped(g, owner.clip), state, c, cohort.settings)
+            if "step" in names:
+                new["step"] = state["step"] + 1
+            for old, value in zip((p, *held), (new_p, *(new[name] for name in names)), strict=True):
+                old.copy_(value if finite is None else torch.where(finite, value, old))
+        return loss if finite is None else torch.where(finite, loss, torch.nan)
+
+
+def _clipped(g: Tensor, clip: Sequence[tuple[str, float]]) -> Tensor:
+    limits = dict(clip)
+    if "clip_norm" in limits:
+        g = g * (limits["clip_norm"] / (g.norm() + _CLIP_EPS)).clamp(max=1.0)
+    if "clip_value" in limits:
+        g = g.clamp(-limits["clip_value"], limits["clip_value"])
+    return g
