@@ -47,7 +47,6 @@ class IndexedLayer(nn.Module):
         )
         wide = hidden_dims if index_hidden_dims is None else index_hidden_dims
 
-
         def network() -> MLP:
             return MLP(input_dim, 2 * index_dim, wide, context_dim=context_dim, zero_last=True)
 
