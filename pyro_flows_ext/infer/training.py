@@ -106,10 +106,9 @@ def fit(
     """
     particles = 1 if num_particles is None else num_particles
     check_settings(lr, schedule, num_steps=num_steps, num_particles=particles)
-    if warm_start not in (True, False, "auto"):
-        raise ValueError(f'warm_start: expected True, False or "auto", got {warm_start!r}')
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
+    for name, value in (("warm_start", warm_start), ("compile", compile)):
+        if value not in (True, False, "auto"):
+            raise ValueError(f'{name}: expected True, False or "auto", got {value!r}')
     kwargs = dict(model_kwargs or {})
     with seeded(seed):
         start = time.perf_counter()
@@ -123,26 +122,11 @@ def fit(
         trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
         trainer.use(optim, lr, decay(schedule, num_steps, final_lr))
         trainer.timing = Timing(num_steps, compile)
-        losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
-        bad, skipped = 0, 0
-        for step in _progress(num_steps, losses, progress):
-            with _quietly(first=step == 0):
-                value = trainer.step()
-            if value is None:
-                bad, skipped = bad + 1, skipped + 1
-                if bad == MAX_BAD_STEPS:
-                    raise FloatingPointError(
-                        f"no finite loss and gradient in {bad} steps in a row (up to step {step + 1}): check the model "
-                        "for values outside a support, lower lr, or start closer with init_loc_fn and init_scale"
-                    )
-                continue
-            bad, losses[step] = 0, value
+        losses, skipped = _run(trainer, num_steps, progress)
         seconds = time.perf_counter() - start
     if skipped:
-        warnings.warn(
-            f"{skipped} of {num_steps} steps had no finite loss and gradient, and were skipped",
-            stacklevel=2,
-        )
+        message = "had no finite loss and gradient, and were skipped"
+        warnings.warn(f"{skipped} of {num_steps} steps {message}", stacklevel=2)
     elbo, elbo_se, converged = _verdict(losses, tolerance)
     return FitResult(
         losses=losses,
@@ -267,6 +251,25 @@ class _Trainer:
         self.compiled = None
         if self.timing.when is True:
             warnings.warn(f"fit takes eager steps: {refusal}", stacklevel=5)
+
+
+def _run(trainer: _Trainer, num_steps: int, progress: bool) -> tuple[Tensor, int]:
+    """The losses of all steps, NaN for those that were skipped, and how many these are."""
+    losses = torch.full((num_steps,), math.nan, dtype=torch.float64)
+    bad, skipped = 0, 0
+    for step in _progress(num_steps, losses, progress):
+        with _quietly(first=step == 0):
+            value = trainer.step()
+        if value is not None:
+            bad, losses[step] = 0, value
+            continue
+        bad, skipped = bad + 1, skipped + 1
+        if bad == MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"no finite loss and gradient in {bad} steps in a row (up to step {step + 1}): check the model for values "
+                "outside a support, lower lr, or start closer with init_loc_fn and init_scale"
+            )
+    return losses, skipped
 
 
 def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
