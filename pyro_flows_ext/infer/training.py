@@ -119,9 +119,9 @@ def fit(
             begun = find_warm_start(model, guide, *args, model_kwargs=kwargs, why_not=why_not)  # type: ignore[arg-type]
         if loss is None:
             loss = _elbo(model, guide, args, kwargs, num_particles, why_not)
-        trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm)
+        timing = Timing(num_steps, compile)
+        trainer = _Trainer(model, guide, args, kwargs, loss, clip_norm, timing)
         trainer.use(optim, lr, decay(schedule, num_steps, final_lr))
-        trainer.timing = Timing(num_steps, compile)
         losses, skipped = _run(trainer, num_steps, progress)
         seconds = time.perf_counter() - start
     if skipped:
@@ -153,12 +153,13 @@ class _Trainer:
         kwargs: dict[str, Any],
         loss: Any,  # an ELBO; its abstract base does not declare loss_and_grads
         clip_norm: float | None,
+        timing: Timing,
     ):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.loss, self.clip_norm = loss, math.inf if clip_norm is None else clip_norm
         self.known: dict[int, Tensor] = {}
         self.compiled: CompiledTraining | None = None
-        self.timing, self.updates = Timing(0, False), 0
+        self.timing, self.updates = timing, 0
 
     def use(
         self, optim: OptimFactory | PyroOptim | None, lr: float, decay: Callable[[int], float]

@@ -47,6 +47,8 @@ class Rule:
 
 
 class SGD(Rule):
+    """p - lr g, with momentum, Nesterov's too, and weight decay."""
+
     settings = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
     def states(self, group: Group) -> tuple[str, ...]:
@@ -65,6 +67,8 @@ class SGD(Rule):
 
 
 class Adam(Rule):
+    """p - lr m̂ / (√v̂ + ε), with AMSGrad and weight decay, which `decoupled` takes from the parameter as AdamW does."""
+
     settings = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
 
     def __init__(self, decoupled: bool = False):
@@ -96,6 +100,8 @@ class Adam(Rule):
 
 
 class ClippedAdam(Rule):
+    """Pyro's: gradients clipped by element, the rate falling by `lrd` at every step."""
+
     settings = ("betas", "eps", "weight_decay", "clip_norm", "lrd", "centered_variance")
 
     def states(self, group: Group) -> tuple[str, ...]:
@@ -120,6 +126,8 @@ class ClippedAdam(Rule):
 
 
 class Adagrad(Rule):
+    """p - lr g / (√Σ g² + ε), the rate falling by `lr_decay`."""
+
     settings = ("lr_decay", "eps", "weight_decay", "maximize")
 
     def states(self, group: Group) -> tuple[str, ...]:
@@ -137,6 +145,8 @@ class Adagrad(Rule):
 
 
 class Adamax(Rule):
+    """p - lr m̂ / u, u the decaying largest absolute gradient."""
+
     settings = ("betas", "eps", "weight_decay", "maximize")
 
     def states(self, group: Group) -> tuple[str, ...]:
