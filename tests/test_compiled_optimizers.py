@@ -63,19 +63,29 @@ def eager_step(optim: PyroOptim, params: list[torch.Tensor], step: int) -> None:
     optim(params)
 
 
-def step_in_graph(updates: Updates, params: list[torch.Tensor], step: int, size: int) -> None:
-    """What a graph of `size` steps does, eagerly."""
-    numbers = torch.tensor(updates.numbers(size), dtype=torch.float64)
+def step_in_graph(
+    updates: Updates,
+    losses: list[torch.Tensor],
+    grads: list[list[torch.Tensor]],
+    packed: bool = False,
+) -> torch.Tensor:
+    """What a graph of as many steps as there are losses does, eagerly; the losses that it gives."""
+    numbers, given = torch.tensor(updates.numbers(len(losses)), dtype=torch.float64), []
+    blocks = updates.blocks(packed)
     with torch.no_grad():
-        for k in range(size):
-            grads = [grad_of(step + k, i) for i in range(len(params))]
-            updates.apply(torch.tensor(0.0), grads, params, updates.tensors, numbers[k])
-    updates.taken(size)
+        values = updates.by_param(updates.params, updates.tensors)
+        moving = [block.pack(values) for block in blocks]
+        for loss, some, row in zip(losses, grads, numbers, strict=True):
+            loss, moving = updates.apply(blocks, loss, some, moving, row)
+            given.append(loss)
+        updates.write(blocks, moving, values)
+    return torch.stack(given)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_same_numbers_given_the_same_gradients(name: str, size: int) -> None:
+def test_same_numbers_given_the_same_gradients(name: str, size: int, packed: bool) -> None:
     results = []
     for compiled in (False, True):
         pyro.clear_param_store()
@@ -85,7 +95,9 @@ def test_same_numbers_given_the_same_gradients(name: str, size: int) -> None:
             updates = Updates(params, [owner_in(optim, p) for p in params])
             for step in range(1, STEPS + 1, size):
                 assert updates.is_current(others_stepped=step == 4)
-                step_in_graph(updates, params, step, size)
+                grads = [[grad_of(step + k, i) for i in range(len(params))] for k in range(size)]
+                step_in_graph(updates, [torch.tensor(0.0)] * size, grads, packed)
+                updates.taken(size)
         else:
             for step in range(1, STEPS + 1):
                 eager_step(optim, params, step)
@@ -98,7 +110,8 @@ def test_same_numbers_given_the_same_gradients(name: str, size: int) -> None:
     torch.testing.assert_close(our_state, state, rtol=1e-9, atol=1e-12)
 
 
-def test_joint_clipping_and_steps_that_are_not_finite() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
+def test_joint_clipping_and_steps_that_are_not_finite(packed: bool) -> None:
     p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
     optimizer = torch.optim.Adam([p, q], lr=0.1)
     owners = [Owner(optimizer, optimizer.param_groups[0])] * 2
@@ -116,13 +129,12 @@ def test_joint_clipping_and_steps_that_are_not_finite() -> None:
             optimizer.step()
             updates = Updates([p, q], owners, joint_clip=0.8)
             continue
-        numbers = torch.tensor(updates.numbers(1), dtype=torch.float64)[0]
-        with torch.no_grad():
-            for loss, bad in ((torch.nan, grads), (0.0, [grads[0], grads[1] * torch.inf])):
-                before = p.detach().clone()
-                updates.apply(torch.tensor(loss), bad, [p, q], updates.tensors, numbers)
-                assert torch.equal(p, before)
-            updates.apply(torch.tensor(0.0), grads, [p, q], updates.tensors, numbers)
+        for loss, bad in ((torch.nan, grads), (0.0, [grads[0], grads[1] * torch.inf])):
+            before = p.detach().clone()
+            [given] = step_in_graph(updates, [torch.tensor(loss)], [bad], packed)
+            assert given.isnan()
+            assert torch.equal(p, before)
+        step_in_graph(updates, [torch.tensor(0.0)], [grads], packed)
         updates.taken(1)
     torch.testing.assert_close([p, q], [x, y], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(optimizer.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)

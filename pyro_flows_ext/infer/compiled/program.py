@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .products import SMALL_PRODUCTS
 from .refusal import Refusal
+from .steps import Steps
 from .tracing import LossGraph
 from .updates import Updates
 
@@ -24,7 +26,7 @@ Backend = str | Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
 
 
 class StepProgram:
-    """`num_steps` steps on live parameters and optimizer states, which are written in place."""
+    """`num_steps` steps, or fewer where it `loops`, on live parameters and optimizer states, which are written in place."""
 
     def __init__(
         self,
@@ -46,15 +48,21 @@ class StepProgram:
         self.steps_seen = -1  # how many steps there had been, by whatever program, after its last
         self.trainable = [p.requires_grad for p in self.params]
         example = [t.detach() for t in (*self.fixed, *self._changing(arguments, [1.0] * num_steps))]
-        steps = _several_steps(
-            traced, updates, len(self.params), len(arguments), with_beta, num_steps
-        )
+        counts = [len(self.params), len(updates.tensors), len(traced.others), len(arguments)]
+        # Inductor has loops on the CPU, of what writes into nothing that is there before.
+        has_loops = backend == "inductor" and "cpp_wrapper" in _options(example)
+        self.loops = has_loops and num_steps > 1 and not traced.writes
+        steps = Steps(traced, updates, counts, num_steps, self.loops)
         if backend == "eager":  # the graph of the loss is interpreted as it is
             self.run: Callable[..., Any] = steps
             return
         with torch.no_grad():
-            graph = make_fx(steps, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
-            self.run = _compile(graph, example, backend)
+            to_graph = make_fx(steps, SMALL_PRODUCTS, "fake", _allow_non_fake_inputs=True)
+            self.run = _compile(to_graph(*example), example, backend)
+
+    def takes(self, size: int) -> bool:
+        """Whether it can take so many steps."""
+        return size == self.num_steps or (self.loops and size < self.num_steps)
 
     def is_current(self, others_stepped: bool) -> bool:
         """Whether all tensors lie where the program writes and reads, with optimizers that it suits."""
@@ -64,27 +72,35 @@ class StepProgram:
             and self.updates.is_current(others_stepped)
         )
 
-    def __call__(self, arguments: Sequence[Tensor], loss: Any) -> list[float]:
-        """Takes the steps; their losses, NaN for steps that joint clipping leaves out."""
+    def __call__(self, arguments: Sequence[Tensor], loss: Any, size: int = 1) -> list[float]:
+        """Takes `size` steps; their losses, NaN for steps that joint clipping leaves out."""
         betas = []
         if self.with_beta:
-            for _ in range(self.num_steps):
+            for _ in range(size):
                 betas.append(loss.beta)
                 loss.advance()
         with torch.no_grad():
-            (result,) = self.run(*self.fixed, *self._changing(arguments, betas))
-        losses: list[float] = result.tolist()
-        taken = self.num_steps
+            (result,) = self.run(*self.fixed, *self._changing(arguments, betas, size))
+        losses: list[float] = result[:size].tolist()
+        taken = size
         if self.updates.joint_clip is not None:
             taken -= sum(map(math.isnan, losses))
         self.updates.taken(taken)
         return losses
 
-    def _changing(self, arguments: Sequence[Tensor], betas: Sequence[float]) -> list[Tensor]:
-        self.numbers.numpy()[:] = self.updates.numbers(self.num_steps)
-        changing = [*arguments, self.numbers.to(self.device)]
+    def _changing(
+        self, arguments: Sequence[Tensor], betas: Sequence[float], size: int | None = None
+    ) -> list[Tensor]:
+        size = self.num_steps if size is None else size
+        self.numbers.numpy()[:size] = self.updates.numbers(size)
+        changing = [
+            *arguments,
+            self.numbers.to(self.device),
+            torch.tensor(size, device=self.device),
+        ]
         if self.with_beta:
-            changing.append(torch.tensor(betas, dtype=self.dtype, device=self.device))
+            rows = [*betas, *[math.nan] * (self.num_steps - size)]
+            changing.append(torch.tensor(rows, dtype=self.dtype, device=self.device))
         return changing
 
 
@@ -93,34 +109,6 @@ def _check_memory(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     counts = Counter(t.untyped_storage().data_ptr() for t in (*written, *read) if t.numel())
     if any(counts[t.untyped_storage().data_ptr()] > 1 for t in written):
         raise Refusal("a parameter shares its memory with another tensor that the program reads")
-
-
-def _several_steps(
-    traced: LossGraph,
-    updates: Updates,
-    num_params: int,
-    num_arguments: int,
-    with_beta: bool,
-    num_steps: int,
-) -> Callable[..., tuple[Tensor]]:
-    """(*params, *states, *others, *arguments, numbers, betas?) -> losses, as a function to trace."""
-    counts = [num_params, len(updates.tensors), len(traced.others), num_arguments, 1]
-
-    def steps(*flat: Tensor) -> tuple[Tensor]:
-        rest, parts = list(flat), []
-        for count in counts:
-            parts.append(rest[:count])
-            rest = rest[count:]
-        params, states, others, arguments, (numbers,) = parts
-        reached = [p for p, is_reached in zip(params, traced.reached, strict=True) if is_reached]
-        losses = []
-        for i in range(num_steps):
-            beta = [rest[0][i]] if with_beta else []
-            loss, *grads = traced.graph(*params, *arguments, *beta, *others)
-            losses.append(updates.apply(loss, grads, reached, states, numbers[i]))
-        return (torch.stack(losses),)
-
-    return steps
 
 
 def _compile(graph: GraphModule, example: list[Tensor], backend: Backend) -> Callable[..., Any]:

@@ -34,7 +34,8 @@ class CompiledSVI:
     parameters and draws, and compiled. What does not compile runs eagerly, with one warning that says why: reading
     values off tensors, other losses and optimizers than docs/compiled.md lists, or a graph that is not the program.
 
-    `run(num_steps)` takes `steps_per_call` steps at a time. `backend`: "inductor", any other name that dynamo knows
+    `run(num_steps)` takes up to `steps_per_call` steps at a time, in a loop that Inductor compiles on the CPU; elsewhere, and
+    where the model writes into buffers, the graph repeats the step. `backend`: "inductor", any other name that dynamo knows
     ("eager" interprets the graph), or a function from a graph and inputs to a callable. Numbers, strings and objects
     among the arguments are part of the graph, and new ones make a new graph; tensors are not. What else the model reads
     must be a tensor, written in place, or stay as it is: call `retrace()` after changing anything else.
@@ -69,14 +70,14 @@ class CompiledSVI:
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes a step; the loss before it, in nats."""
-        return self._advance(1, True, args, kwargs)[0]
+        return self._advance(1, 1, args, kwargs)[0]
 
     def run(self, num_steps: int, /, *args: Any, **kwargs: Any) -> Tensor:
         """Takes `num_steps` steps, `steps_per_call` in one call where so many are left; their losses `(num_steps)`."""
         losses: list[float] = []
         while (left := num_steps - len(losses)) > 0:
-            size = self.steps_per_call if self.steps_per_call <= left else 1
-            losses += self._advance(size, size == self.steps_per_call, args, kwargs)
+            size = min(left, self.steps_per_call)
+            losses += self._advance(size, self.steps_per_call, args, kwargs)
         return torch.tensor(losses, dtype=torch.float64)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -91,9 +92,9 @@ class CompiledSVI:
     # --- one call ---
 
     def _advance(
-        self, size: int, may_build: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, size: int, most: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[float]:
-        """Takes `size` compiled steps, or one by the handlers."""
+        """Takes `size` steps by the program of `most` steps, or one by the handlers."""
         try:
             key, arguments = read_arguments(args, kwargs)
         except Refusal as refusal:
@@ -105,28 +106,19 @@ class CompiledSVI:
         if kind is not None and not kind.is_refused:
             try:
                 call = Call(self.loss, self.model, self.guide, args, kwargs)
-                program = self._program(kind, size, may_build, call, arguments)
+                program = self._program(kind, most, call, arguments)
             except Refusal as refusal:
                 kind.is_refused, program = True, None
                 self._refuse(refusal)
-            if program is not None:
-                return self._compiled_steps(kind, program, arguments)
+            if program is not None and program.takes(size):
+                return self._compiled_steps(kind, program, arguments, size)
         loss, params = self._eager_step(args, kwargs)
         if kind is None:
             self._kinds[key] = Kind(params)
         return [loss]
 
-    def _program(
-        self,
-        kind: Kind,
-        size: int,
-        may_build: bool,
-        call: Call,
-        arguments: list[Tensor],
-    ) -> StepProgram | None:
-        """The program to run, made or checked where that is due; None for a step by the handlers."""
-        if size not in kind.programs and not may_build:
-            return None
+    def _program(self, kind: Kind, most: int, call: Call, arguments: list[Tensor]) -> StepProgram:
+        """The program of `most` steps, made or checked where that is due."""
         if kind.traced is None:
             if self._graphs == MAX_GRAPHS:
                 raise Refusal(
@@ -136,15 +128,15 @@ class CompiledSVI:
             self._graphs += 1
             kind.trace(call, arguments)
         kind.check(call, arguments)
-        if size in kind.programs:
-            return kind.programs[size]
+        if most in kind.programs:
+            return kind.programs[most]
         owner_of = partial(owner_in, self.optim)
-        return kind.build(call, owner_of, arguments, size, self.backend)
+        return kind.build(call, owner_of, arguments, most, self.backend)
 
     def _compiled_steps(
-        self, kind: Kind, program: StepProgram, arguments: list[Tensor]
+        self, kind: Kind, program: StepProgram, arguments: list[Tensor], size: int
     ) -> list[float]:
-        losses = program(arguments, self.loss)
+        losses = program(arguments, self.loss, size)
         kind.calls += 1
         self._steps += len(losses)
         program.steps_seen = self._steps

@@ -21,18 +21,22 @@ from .arguments import Call
 from .losses import loss_and_surrogate
 from .refusal import Refusal, line_of, reads_refused
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class LossGraph:
     """`graph`: (*params, *arguments, *beta, *others) -> (loss, *gradients), the latter of those that `reached` marks.
 
     `others` are the tensors beside parameters and arguments that the program looked up while it ran: data that the
-    model closes over, buffers. They are inputs too, so that what is written into them is seen.
+    model closes over, buffers. They are inputs too, so that what is written into them is seen. `writes`: whether the
+    program itself writes into any input.
     """
 
     graph: GraphModule
     others: list[Tensor]
     reached: list[bool]
+    writes: bool
 
 
 def trace_loss(
@@ -51,7 +55,7 @@ def trace_loss(
             grads = torch.autograd.grad(surrogate, list(params), allow_unused=True)
         return value.detach(), list(grads)
 
-    with unchanged():
+    with unchanged() as written:
         try:
             graph = make_fx(run)()
         except Refusal:
@@ -64,9 +68,11 @@ def trace_loss(
     [output] = [node for node in graph.graph.nodes if node.op == "output"]
     value, grads = output.args[0]
     output.args = ((value, *(g for g in grads if g is not None)),)
+    _simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return LossGraph(graph, others, [g is not None for g in grads])
+    writes = written.reaches([*given, *others])
+    return LossGraph(graph, others, [g is not None for g in grads], writes)
 
 
 def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
@@ -77,7 +83,7 @@ def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
         tensors = list(given)
         for node in nodes:
             value = getattr(graph, node.target)
-            if not isinstance(value, Tensor) or _is_fresh(node):
+            if not isinstance(value, Tensor) or _is_number(node, value):
                 continue
             index = next((i for i, t in enumerate(tensors) if _is_same(value, t)), len(tensors))
             if index == len(tensors):
@@ -87,9 +93,44 @@ def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
     return tensors[len(given) :]
 
 
-def _is_fresh(node: Node) -> bool:
-    """Whether a constant was made of numbers during the run, so that nobody else can hold it."""
-    return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+def _is_number(node: Node, value: Tensor) -> bool:
+    """Whether a constant was a number of Python until the run made a tensor of it, so that nobody else can hold it."""
+    return value.dim() == 0 and all(
+        user.target is aten.lift_fresh_copy.default for user in node.users
+    )
+
+
+def _simplify(graph: GraphModule) -> None:
+    """Says by functions what the run said by constants and by writing: loops have no place for either.
+
+    Standard normal draws are the same ones, from the same generator.
+    """
+    for node in graph.graph.nodes:
+        with graph.graph.inserting_before(node):
+            if node.target is aten.lift_fresh_copy.default and node.args[0].op == "get_attr":
+                value = getattr(graph, node.args[0].target)
+                options = {"dtype": value.dtype, "device": value.device}
+                new = graph.graph.call_function(aten.full.default, ([], value.item()), options)
+            elif _is_standard_draw(node):
+                empty = node.args[0]
+                new = graph.graph.call_function(aten.randn.default, empty.args[:1], empty.kwargs)
+            else:
+                continue
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
+
+
+def _is_standard_draw(node: Node) -> bool:
+    """Whether a node fills a tensor, made for this, with standard normal draws."""
+    if node.target is not aten.normal_.default or len(node.args) > 1 or node.kwargs:
+        return False
+    empty = node.args[0]
+    return (
+        isinstance(empty, Node)
+        and empty.target is aten.empty.memory_format
+        and "memory_format" not in empty.kwargs
+        and len(empty.users) == 1
+    )
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
@@ -134,14 +175,14 @@ def _without_checks(fn: Any) -> Any:
 
 
 @contextmanager
-def unchanged() -> Iterator[None]:
+def unchanged() -> Iterator[_Keeper]:
     """Takes back what is written into tensors within, buffers above all, and puts the generators back."""
     state = pyro.util.get_rng_state()  # of all generators but those of devices
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     keeper = _Keeper()
     try:
         with keeper:
-            yield
+            yield keeper
     finally:
         keeper.restore()
         pyro.util.set_rng_state(state)
@@ -177,6 +218,12 @@ class _Keeper(TorchDispatchMode):
                     alias = value.detach()  # keeps its shape, whatever is done to that of the value
                     self.kept[id(value)] = value, alias, alias.clone()
         return func(*args, **kwargs)
+
+    def reaches(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the memory of any of these was written to."""
+        storages = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        written = (alias.untyped_storage().data_ptr() for _, alias, _ in self.kept.values())
+        return any(storage in storages for storage in written)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,36 +139,103 @@ class Updates:
 
     # --- inside the graph ---
 
+    def blocks(self, packed: bool) -> list[Block]:
+        """Every parameter by itself; or, `packed`, those together whose elements are updated alike."""
+        blocks: dict[Any, Block] = {}
+        values = self.by_param(self.params, self.tensors)
+        for i, (p, cohort, names) in enumerate(
+            zip(self.params, self.cohorts, self.names, strict=True)
+        ):
+            alike = (id(cohort), names, p.dtype, p.device) if packed else i
+            block = blocks.setdefault(alike, Block([], names, []))
+            block.members.append(i)
+            block.shapes.append([t.shape for t in values[i]])
+        return list(blocks.values())
+
+    def by_param(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Each parameter with its state, of all parameters and of all states."""
+        rest = iter(tensors)
+        return [
+            [p, *(next(rest) for _ in names)] for p, names in zip(params, self.names, strict=True)
+        ]
+
     def apply(
         self,
+        blocks: Sequence[Block],
         loss: Tensor,
         grads: Sequence[Tensor],
-        params: Sequence[Tensor],
-        tensors: Sequence[Tensor],
+        values: Sequence[Sequence[Tensor]],
         numbers: Tensor,
-    ) -> Tensor:
-        """Writes parameters and state after a step with one row of `numbers`; the loss, NaN if nothing was to change."""
-        parts = numbers.split([cohort.width for cohort in self.distinct])
-        columns = {id(c): part for c, part in zip(self.distinct, parts, strict=True)}
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """The loss, NaN if nothing was to change, and the values of the blocks after a step with one row of `numbers`."""
         finite: Tensor | None = None
         if self.joint_clip is not None:
             norm = torch.stack([g.norm() for g in grads]).norm()
             finite = loss.isfinite() & norm.isfinite()
+            loss = torch.where(finite, loss, torch.nan)
             factor = (self.joint_clip / (norm + _CLIP_EPS)).clamp(max=1.0)
             grads = [g * factor for g in grads]
-        rest = list(tensors)
-        for i, (p, g, owner, cohort) in enumerate(
-            zip(params, grads, self.owners, self.cohorts, strict=True)
+        clipped = [[_clipped(g, owner.clip)] for g, owner in zip(grads, self.owners, strict=True)]
+        parts = numbers.split([cohort.width for cohort in self.distinct])
+        columns = {id(c): part for c, part in zip(self.distinct, parts, strict=True)}
+        after = []
+        for block, (p, *state) in zip(blocks, values, strict=True):
+            cohort, named = (
+                self.cohorts[block.members[0]],
+                dict(zip(block.names, state, strict=True)),
+            )
+            [g] = block.pack(clipped)
+            c = columns[id(cohort)].to(p.dtype).unbind()
+            new_p, new = cohort.rule.update(p, g, named, c, cohort.settings)
+            if "step" in named:
+                new["step"] = named["step"] + 1
+            moved = [new_p, *(new[name] for name in block.names)]
+            if finite is not None:
+                moved = [torch.where(finite, x, y) for x, y in zip(moved, (p, *state), strict=True)]
+            after.append(moved)
+        return loss, after
+
+    def write(
+        self,
+        blocks: Sequence[Block],
+        packed: Sequence[Sequence[Tensor]],
+        values: Sequence[Sequence[Tensor]],
+    ) -> None:
+        """Writes the values of blocks into those of each parameter."""
+        for block, vectors in zip(blocks, packed, strict=True):
+            for i, new in block.unpack(vectors):
+                for old, value in zip(values[i], new, strict=True):
+                    old.copy_(value)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that are updated as one: their numbers, the names of their states, and the shapes of what each has."""
+
+    members: list[int]
+    names: tuple[str, ...]
+    shapes: list[list[torch.Size]]
+
+    def pack(self, values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What the members have of `values`, parameter and state for each parameter: as vectors, if they are several."""
+        mine = [values[i] for i in self.members]
+        if len(mine) == 1:
+            return list(mine[0])
+        return [torch.cat([t.reshape(-1) for t in column]) for column in zip(*mine, strict=True)]
+
+    def unpack(self, packed: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        """The number of each member and what it has, of the first of its values where not all are given."""
+        if len(self.members) == 1:
+            yield self.members[0], list(packed)
+            return
+        columns = [
+            vector.split([shapes[k].numel() for shapes in self.shapes])
+            for k, vector in enumerate(packed)
+        ]
+        for i, shapes, parts in zip(
+            self.members, self.shapes, zip(*columns, strict=True), strict=True
         ):
-            names = self.names[i]
-            held, rest = rest[: len(names)], rest[len(names) :]
-            c, state = columns[id(cohort)].to(p.dtype).unbind(), dict(zip(names, held, strict=True))
-            new_p, new = cohort.rule.update(p, _clipped(g, owner.clip), state, c, cohort.settings)
-            if "step" in names:
-                new["step"] = state["step"] + 1
-            for old, value in zip((p, *held), (new_p, *(new[name] for name in names)), strict=True):
-                old.copy_(value if finite is None else torch.where(finite, value, old))
-        return loss if finite is None else torch.where(finite, loss, torch.nan)
+            yield i, [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
 def _clipped(g: Tensor, clip: Sequence[tuple[str, float]]) -> Tensor:
