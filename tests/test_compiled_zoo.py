@@ -72,6 +72,27 @@ def local_guide() -> None:
         pyro.sample("z", dist.Normal(loc[rows], 0.3))
 
 
+def observed_outside() -> None:
+    """A site outside of the plate, which does not depend on its latents, and one that does, by their sum."""
+    mean = pyro.param("mean", torch.tensor(0.3))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor([0.3, -0.2, 0.8, 1.4]))
+    pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.2))
+
+
+def summed_outside() -> None:
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(0.2))
+
+
+def in_the_plate() -> None:
+    loc = pyro.param("loc", torch.zeros(4))
+    with pyro.plate("data", 4):
+        pyro.sample("z", dist.Normal(loc, 1.0))
+
+
 def constrained() -> None:
     weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
     v = pyro.sample("v", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
@@ -223,6 +244,13 @@ COMPILES = {
     "annealed-kl": Case(
         guided(schools, AutoNormal),
         loss=lambda: AnnealedELBO(TraceMeanField_ELBO(), linear(9), term="kl"),
+    ),
+    "iwae-outside": Case(pair(observed_outside, in_the_plate), loss=weighted(4, "dreg")),
+    "iwae-outside-vectorized": Case(
+        pair(observed_outside, in_the_plate), loss=weighted(4, "iwae", vectorize_particles=True)
+    ),
+    "iwae-sum": Case(
+        pair(summed_outside, in_the_plate), loss=weighted(4, "dreg", vectorize_particles=True)
     ),
     "annealed-iwae": Case(
         guided(schools, AutoNormal),

@@ -14,6 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..distributions import check_guide_site
 from .particles import PARTICLES
@@ -219,7 +220,9 @@ def _differ_by_particle(terms: list[_Term]) -> bool:
             values.append(torch.stack(draws))
         elif draws[0].dim() == terms[0].value.dim() + site["fn"].event_dim:
             values.append(draws[0])  # the particles' dimension is in front
-    return any(bool((v - v[:1]).abs().amax() > 64 * _eps(v) * v.abs().amax()) for v in values)
+    # Whether it depends is the same at any values: a program that is being traced may look, and records nothing.
+    with _disable_current_modes():
+        return any(bool((v - v[:1]).abs().amax() > 64 * _eps(v) * v.abs().amax()) for v in values)
 
 
 def _eps(value: Tensor) -> float:
