@@ -87,31 +87,24 @@ def run(name: str, seed: int, options: argparse.Namespace) -> tuple[dict[str, An
     torch.manual_seed(100 + seed)
     density = make(name, to_logits(digits.train, seed)[0], options.latent)
     start = time.process_time()
-    if name == "Flow-VAE":
-        density.transform.requires_grad_(False)
-        train(density, digits, options.first_steps, options, seed)
-        density.transform.requires_grad_(True)
     steps = options.vae_steps if name.startswith("VAE") else options.steps
-    best_step = train(density, digits, steps, options, seed)
-    seconds = time.process_time() - start
-    torch.manual_seed(1000)
-    row = {"density": name, "seed": seed, "parameters": num_parameters(density), **score(density, digits.test, options.particles)}  # fmt: skip
-    return {**row, "best_step": best_step, "cpu_seconds": seconds}, density
-
-
-def train(density: Any, digits: Digits, steps: int, options: argparse.Namespace, seed: int) -> int:
-    """Maximises likelihood or bound; says which step was best on the validation images."""
-    return fit_density(
+    first_steps = options.first_steps if name == "Flow-VAE" else 0
+    best_step = fit_density(
         Dequantized(density, num_levels=NUM_GREYS, logit_alpha=ALPHA),
         digits.train,
         validation=digits.validation,
         batch_size=options.batch,
-        num_steps=steps,
+        num_steps=first_steps + steps,
+        first_steps=first_steps,
         lr=options.lr,
         patience=None,
         seed=seed,
         progress=False,
     ).best_step
+    seconds = time.process_time() - start
+    torch.manual_seed(1000)
+    row = {"density": name, "seed": seed, "parameters": num_parameters(density), **score(density, digits.test, options.particles)}  # fmt: skip
+    return {**row, "best_step": best_step, "cpu_seconds": seconds}, density
 
 
 @torch.no_grad()

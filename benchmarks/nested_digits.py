@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_flows_ext.distributions import FlowDistribution, NestedDropoutFlow, rq_nsf_image
+from pyro_flows_ext.distributions import NestedDropoutFlow, rq_nsf_image
 from pyro_flows_ext.infer import fit_density
 
 KEPT = (1, 3, 6, 13, 32)
@@ -52,10 +52,8 @@ def train(data: Tensor, weight: float, options: argparse.Namespace, seed: int) -
     flow = NestedDropoutFlow(
         base, architecture.transform, index_prob=options.prob, reconstruction_weight=weight
     )
-    # Without the penalty there is no need of its forward pass.
-    density = flow if weight else FlowDistribution(base, flow.transform)
     fit_density(
-        density,
+        flow,
         data,
         batch_size=options.batch,
         num_steps=options.steps,

@@ -47,10 +47,7 @@ def train(flow: NestedDropoutFlow, data: Tensor, steps: int) -> None:
     for _ in range(steps):
         rows = data[torch.randint(len(data), (BATCH,))]
         optimizer.zero_grad()
-        loss = -flow.log_prob(rows).mean()
-        if flow.reconstruction_weight:
-            loss = loss + flow.penalty(rows).mean()
-        loss.backward()
+        (-flow.objective(rows).mean()).backward()
         optimizer.step()
         schedule.step()
 

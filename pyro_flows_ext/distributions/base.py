@@ -76,6 +76,10 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
         """Draws without a gradient: `(*sample_shape, *batch_shape, *event_shape)`."""
         return self.rsample(torch.Size(sample_shape))
 
+    def objective(self, value: Tensor) -> Tensor:
+        """What training maximises, by row: `log_prob`, unless a subclass wants more: `(*, *event_shape)` -> `(*)`, in nats."""
+        return self.log_prob(value)  # type: ignore[no-any-return]
+
     def _check_value(self, value: Tensor) -> Size:
         """The batch shape of a value to be scored; `ValueError` where it does not fit the event."""
         event = self.event_shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,16 @@ class Dequantized(BoundedDensity):
             bound = self.log_prob_bound(value, num_particles)
         return -bound / (self.event_shape.numel() * math.log(2))
 
-    def _log_weights(self, value: Tensor, noise: Tensor | None = None) -> Tensor:
+    def objective(self, value: Tensor) -> Tensor:
+        """`log_prob` with the flow's own objective in place of its `log_prob`: a penalty is that of the noisy value."""
+        return self._log_weights(self._expanded(value), score=self.flow.objective)
+
+    def _log_weights(
+        self,
+        value: Tensor,
+        noise: Tensor | None = None,
+        score: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         value = value.to(next(self.flow.parameters(), torch.empty(0)).dtype)
         u, log_q = self._dequantize(value, noise)
         y, dims = (value + u) / self.num_levels, len(self.event_shape)
@@ -104,7 +113,8 @@ class Dequantized(BoundedDensity):
         if self.preprocess is not None:
             y, ladj = self.preprocess.forward_and_ladj(y)
         size = self.event_shape.numel()
-        return self.flow.log_prob(y) + ladj - size * math.log(self.num_levels) - log_q
+        log_p = self.flow.log_prob(y) if score is None else score(y)
+        return log_p + ladj - size * math.log(self.num_levels) - log_q  # type: ignore[no-any-return]
 
     def _dequantize(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """u and log q(u | x)."""

@@ -74,12 +74,7 @@ class FlowDistribution(TransformedDensity):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), exact, in nats: `(*, *event_shape)` -> `(*)`."""
-        self._check_value(value)
-        if self._validate_args:
-            self._validate_sample(value)
-        base, transform, outer = self._at_batch()
-        z, ladj = _pull(transform, value)
-        return log_prob_anywhere(base, z) + sum_rightmost(ladj, outer)
+        return self._pull_and_score(value)[1]
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """A draw and its log-density, in one pass."""
@@ -87,6 +82,15 @@ class FlowDistribution(TransformedDensity):
         z = base.rsample(torch.Size(sample_shape))
         value, ladj = transform.forward_and_ladj(z)
         return value, base.log_prob(z) - sum_rightmost(ladj, outer)
+
+    def _pull_and_score(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """f⁻¹(value) and log p(value), in one pass."""
+        self._check_value(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        base, transform, outer = self._at_batch()
+        z, ladj = _pull(transform, value)
+        return z, log_prob_anywhere(base, z) + sum_rightmost(ladj, outer)
 
     @property
     def support(self) -> Any:

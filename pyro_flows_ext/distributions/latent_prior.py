@@ -26,8 +26,8 @@ class FlowVAE(BoundedDensity):
     `encoder`: `(*, D)` -> `(*, 2 latent_dim)`, those of q(ε | z), by default multilayer perceptrons of `hidden_dims`. Scales
     are between 1/1000 and 1000; the scale of p(z | ε) is learned, as it must be: a fixed one decides how much of z is noise.
 
-    Trained all at once, the flow makes z normal before the networks have learned to describe it, and ε goes unused: train first
-    with `flow.transform.requires_grad_(False)`, then all.
+    Trained all at once, the flow makes z normal before the networks have learned to describe it, and ε goes unused. So
+    `fit_density` trains the networks first, with the flow as it starts, and then all.
 
     `log_prob` is one draw of the bound, `log_prob_bound` its importance-weighted form. Cost: `rsample` a pass of decoder and
     flow, `log_prob` one of flow, encoder and decoder, and `log_prob_bound` K of the networks, but one of the flow for each
@@ -71,6 +71,11 @@ class FlowVAE(BoundedDensity):
                 raise ValueError(
                     f"{name}: expected (*, {size}) -> (*, {expected}), got shape {got} for (1, {size})"
                 )
+
+    @property
+    def trained_later(self) -> nn.Module:
+        """What `fit_density` holds at first."""
+        return self.transform
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Exact draws `(*sample_shape, *batch_shape, *event_shape)`, with a gradient."""

@@ -28,8 +28,8 @@ class NestedDropoutFlow(FlowDistribution):
     from the first to be kept to the last (all D, each once); None for their own order.
     In a model, inside its plate: `flow.observe("x", x)`, which is `pyro.sample("x", flow, obs=x)` and the penalty as a factor
     (a penalty inside `log_prob` would make it no density).
-    Cost: `log_prob` an inverse pass; `penalty` an inverse and a forward pass, with gradients through both: warns where one of
-    them takes sweeps or finds roots.
+    Cost: `log_prob` an inverse pass; `penalty` an inverse and a forward pass, with gradients through both, and both together
+    (`objective`, `observe`) no more: warns where one of them takes sweeps or finds roots.
     Raises `ValueError` for arguments out of range and for a transform that takes a context.
 
     Source: Bekasov & Murray 2020, Ordering Dimensions with Nested Dropout Normalizing Flows, eq. 6.
@@ -106,11 +106,13 @@ class NestedDropoutFlow(FlowDistribution):
 
     def penalty(self, x: Tensor, k: Tensor | None = None) -> Tensor:
         """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn here unless given."""
-        batch = self._check_value(x)
-        if k is None:
-            k = self.sample_index(batch)
-        error = (self.reconstruct(x, k) - x).square().flatten(len(batch)).sum(-1)
-        return self.reconstruction_weight * error
+        self._check_value(x)
+        return self._penalty(x, self._at_batch()[1].inv(x), k)
+
+    def objective(self, value: Tensor, k: Tensor | None = None) -> Tensor:
+        """log p(value) - penalty(value, k), `(*)`, what training maximises: one pass in each direction, for λ = 0 one."""
+        z, log_p = self._pull_and_score(value)
+        return log_p - self._penalty(value, z, k) if self.reconstruction_weight else log_p
 
     def sample_index(self, shape: Sequence[int] = ()) -> Tensor:
         """k, geometric from 1, at most D: `shape`."""
@@ -120,9 +122,21 @@ class NestedDropoutFlow(FlowDistribution):
 
     def observe(self, name: str, x: Tensor) -> Tensor:
         """The observation of x under `name`, and minus the penalty as the factor `{name}_penalty`; call inside x's plate."""
-        value = pyro.sample(name, self, obs=x)
-        pyro.factor(f"{name}_penalty", -self.penalty(x))
+        self._check_value(x)
+        z = self._at_batch()[1].inv(x)
+        # The site is scored later: with z alive until then, the transform remembers its pass.
+        value = pyro.sample(name, self._view(self.batch_shape, _latent=z), obs=x)
+        pyro.factor(f"{name}_penalty", -self._penalty(x, z))
         return value  # type: ignore[no-any-return]
+
+    def _penalty(self, x: Tensor, z: Tensor, k: Tensor | None = None) -> Tensor:
+        """The penalty of x, whose latents are z."""
+        batch = self._check_value(x)
+        if k is None:
+            k = self.sample_index(batch)
+        # Past the cache, which has one pass, and that of z is the one to keep.
+        told = self._at_batch()[1].forward_and_ladj(self._keep(z, k))[0]
+        return self.reconstruction_weight * (told - x).square().flatten(len(batch)).sum(-1)
 
     def _keep(self, z: Tensor, k: int | Tensor) -> Tensor:
         shape = self._latent_shape()

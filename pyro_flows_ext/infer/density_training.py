@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class DensityFitResult:
     of the validation data after `validation_steps[i]` steps, the first before any; both are empty without such data.
     `best_step`: after how many steps the parameters were those that the density has now, and `best_loss` the validation
     loss there (NaN without validation data). `stopped_early`: patience ended the run. `seconds` counts the looks at the
-    validation data too.
+    validation data too. `first_steps`: how many of the steps were those of a part that trains first.
     """
 
     losses: Tensor
@@ -43,6 +44,7 @@ class DensityFitResult:
     skipped_steps: int
     seconds: float
     density: Density = field(repr=False)
+    first_steps: int = 0
 
 
 def fit_density(
@@ -59,20 +61,24 @@ def fit_density(
     clip_norm: float | None = 5.0,
     evaluate_every: int | None = None,
     patience: int | None = 10,
+    first_steps: int | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> DensityFitResult:
     """Trains `density` on the rows of `data` `(N, *event_shape)` by maximum likelihood, or by its bound.
 
-    The loss is the mean of -`density.log_prob(rows)` over a batch, and of `density.penalty(rows)` where there is one,
-    as in `NestedDropoutFlow`. Batches go through all rows in a new order each time; rows are taken to the density's
-    dtype and device batch by batch. The density is in training mode for the steps, in eval mode for looks and
-    afterwards.
+    The loss is the mean of -`density.objective(rows)` over a batch, which is -`log_prob`, and with it the penalty of a
+    `NestedDropoutFlow`. Batches go through all rows in a new order each time; rows are taken to the density's dtype and
+    device batch by batch. The density is in training mode for the steps, in eval mode for looks and afterwards.
 
     `validation` rows are scored before the first step, after every `evaluate_every` steps (None: a fiftieth of the run)
     and at the end, always with the same random numbers. The density ends with the parameters and buffers that were best
     there; the run ends early after `patience` looks in a row that were no better (None: never). Without validation data
     the last parameters stay.
+
+    The first `first_steps` of the `num_steps` hold what is `trained_later` in a density, the flow of a `FlowVAE` (None: half
+    of them, where there is such a part). Each part of the run has looks, patience and a falling rate of its own, and the
+    second begins with what was best in the first.
 
     Adam's rate falls from `lr` to `final_lr * lr` (`schedule`: "cosine", "exponential" or "constant"); `optim` makes
     another optimizer from the parameters. Gradients are clipped to `clip_norm` jointly. A step whose loss or gradient
@@ -83,45 +89,88 @@ def fit_density(
     rows that do not fit the density, `FloatingPointError` after 100 steps in a row without a finite gradient, and where
     no look was finite.
     """
-    every = max(1, num_steps // 50) if evaluate_every is None else evaluate_every
-    counts = {"num_steps": num_steps, "batch_size": batch_size, "evaluate_every": every}
-    check_settings(lr, schedule, **counts, patience=1 if patience is None else patience)
-    like = _check_density(density)
-    with seeded(seed):
-        start = time.perf_counter()
-        watch = _Watch(density, data, validation, like, max(batch_size, MIN_CHUNK))
-        rate = decay(schedule, num_steps, final_lr)
-        trainer = _Trainer(
-            density, like, optim or partial(torch.optim.Adam, lr=lr), rate, clip_norm
+    counts = {"num_steps": num_steps, "batch_size": batch_size, "evaluate_every": evaluate_every, "patience": patience}  # fmt: skip
+    check_settings(lr, schedule, **{k: n for k, n in counts.items() if n is not None})
+    later = _later(_check_density(density))
+    if first_steps is None:
+        first_steps = num_steps // 2 if later else 0
+    if int(first_steps) != first_steps or not 0 <= first_steps < num_steps:
+        raise ValueError(
+            f"first_steps: expected an integer from 0 to {num_steps - 1}, got {first_steps!r}"
         )
-        batches = _batches(data, batch_size)
-        losses: list[float] = []
-        watch.look(0)
-        for step in _progress(num_steps, losses, watch, progress):
-            losses.append(trainer.step(next(batches)))
-            if (step + 1) % every == 0 or step + 1 == num_steps:
-                watch.look(step + 1)
-                if patience is not None and watch.num_worse >= patience:
-                    break
-        watch.restore()
-        seconds = time.perf_counter() - start
-    skipped = sum(not math.isfinite(value) for value in losses)
-    if skipped:
+    if first_steps and not later:
+        raise ValueError("first_steps: expected 0 for a density without a part to train later")
+
+    def run(num_steps: int) -> DensityFitResult:
+        every = max(1, num_steps // 50) if evaluate_every is None else evaluate_every
+        make_optimizer = optim or partial(torch.optim.Adam, lr=lr)
+        with seeded(seed):
+            watch = _Watch(density, data, validation, max(batch_size, MIN_CHUNK), patience)
+            rate = decay(schedule, num_steps, final_lr)
+            trainer = _Trainer(density, make_optimizer, rate, clip_norm)
+            return _run(trainer, watch, _batches(data, batch_size), num_steps, every, progress)
+
+    if first_steps:
+        with _held(later):
+            first = run(first_steps)
+        result = _joined(first, run(num_steps - first_steps))
+    else:
+        result = run(num_steps)
+    if result.skipped_steps:
         warnings.warn(
-            f"{skipped} of {len(losses)} steps had no finite loss and gradient, and were skipped",
+            f"{result.skipped_steps} of {result.steps} steps had no finite loss and gradient, and were skipped",
             stacklevel=2,
         )
+    return result
+
+
+def _run(
+    trainer: _Trainer,
+    watch: _Watch,
+    batches: Iterator[Tensor],
+    num_steps: int,
+    every: int,
+    progress: bool,
+) -> DensityFitResult:
+    """Steps and looks, until there are no more or no better ones."""
+    start = time.perf_counter()
+    losses: list[float] = []
+    watch.look(0)
+    for step in _progress(num_steps, losses, watch, progress):
+        losses.append(trainer.step(next(batches)))
+        if (step + 1) % every == 0 or step + 1 == num_steps:
+            watch.look(step + 1)
+            if watch.num_worse >= watch.patience:
+                break
+    watch.restore()
     return DensityFitResult(
         losses=torch.tensor(losses, dtype=torch.float64),
         validation_steps=torch.tensor(watch.steps, dtype=torch.int64),
         validation_losses=torch.tensor(watch.losses, dtype=torch.float64),
-        best_step=len(losses) if validation is None else watch.best_step,
+        best_step=len(losses) if watch.validation is None else watch.best_step,
         best_loss=watch.best_loss,
         stopped_early=len(losses) < num_steps,
         steps=len(losses),
-        skipped_steps=skipped,
-        seconds=seconds,
-        density=density,
+        skipped_steps=sum(not math.isfinite(value) for value in losses),
+        seconds=time.perf_counter() - start,
+        density=watch.density,
+    )
+
+
+def _joined(first: DensityFitResult, second: DensityFitResult) -> DensityFitResult:
+    """Two runs as one. The second's look before any step is at what the first was best with, and is left out."""
+    return replace(
+        second,
+        losses=torch.cat([first.losses, second.losses]),
+        validation_steps=torch.cat(
+            [first.validation_steps, first.steps + second.validation_steps[1:]]
+        ),
+        validation_losses=torch.cat([first.validation_losses, second.validation_losses[1:]]),
+        best_step=first.steps + second.best_step if second.best_step else first.best_step,
+        steps=first.steps + second.steps,
+        skipped_steps=first.skipped_steps + second.skipped_steps,
+        seconds=first.seconds + second.seconds,
+        first_steps=first.steps,
     )
 
 
@@ -129,9 +178,16 @@ class _Watch:
     """Looks at the validation data, and the parameters that were best there."""
 
     def __init__(
-        self, density: Density, data: Tensor, validation: Tensor | None, like: Tensor, chunk: int
+        self,
+        density: Density,
+        data: Tensor,
+        validation: Tensor | None,
+        chunk: int,
+        patience: int | None,
     ):
-        self.density, self.validation, self.like, self.chunk = density, validation, like, chunk
+        self.density, self.validation, self.chunk = density, validation, chunk
+        self.patience = math.inf if patience is None else patience
+        self.like = like = _trained(density)[0]
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.best_step, self.best_loss, self.num_worse = 0, math.nan, 0
@@ -173,14 +229,8 @@ class _Watch:
         with torch.random.fork_rng(devices):
             torch.manual_seed(LOOK_SEED)
             for part in rows.split(self.chunk):
-                total += _losses(self.density, part.to(self.like)).double().sum().item()
+                total -= self.density.objective(part.to(self.like)).double().sum().item()
         return total / len(rows)
-
-
-def _losses(density: Density, rows: Tensor) -> Tensor:
-    """What is minimised, by row: `(N)`, in nats."""
-    penalty = getattr(density, "penalty", None)
-    return -density.log_prob(rows) + (0.0 if penalty is None else penalty(rows))
 
 
 class _Trainer:
@@ -189,13 +239,13 @@ class _Trainer:
     def __init__(
         self,
         density: Density,
-        like: Tensor,
         optim: OptimFactory,
         rate: Callable[[int], float],
         clip_norm: float | None,
     ):
-        self.density, self.like, self.rate = density, like, rate
-        self.optimizer = optim(_trained(density))
+        self.density, self.rate = density, rate
+        self.parameters = _trained(density)
+        self.optimizer = optim(self.parameters)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.count = self.num_bad = 0
@@ -207,9 +257,9 @@ class _Trainer:
         self.count += 1
         self.density.train()
         self.optimizer.zero_grad()
-        loss = _losses(self.density, rows.to(self.like)).mean()
+        loss = -self.density.objective(rows.to(self.parameters[0])).mean()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(_trained(self.density), self.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         if bool(loss.isfinite() & norm.isfinite()):
             self.optimizer.step()
             self.num_bad = 0
@@ -236,16 +286,33 @@ def _trained(density: Density) -> list[Tensor]:
     return [p for p in density.parameters() if p.requires_grad]
 
 
-def _check_density(density: Any) -> Tensor:
-    """A parameter, for its dtype and device."""
+def _later(density: Density) -> list[Tensor]:
+    """The parameters of what is `trained_later` in any part of the density; none if nothing else trains."""
+    parts: Any = [p.trained_later for p in density.modules() if hasattr(p, "trained_later")]
+    later = {p: None for part in parts for p in part.parameters() if p.requires_grad}
+    return list(later) if len(later) < len(_trained(density)) else []
+
+
+@contextmanager
+def _held(parameters: list[Tensor]) -> Iterator[None]:
+    """Without gradients for these, which have them again afterwards."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _check_density(density: Any) -> Density:
     if not isinstance(density, Density):
         raise TypeError(
             f"density: expected a Density, such as FlowDistribution, got a {type(density).__name__}"
         )
-    trained = _trained(density)
-    if not trained:
+    if not _trained(density):
         raise ValueError("density: expected one with parameters to train, got none")
-    return trained[0]
+    return density
 
 
 @torch.no_grad()

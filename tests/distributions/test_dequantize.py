@@ -8,6 +8,7 @@ import torch
 
 from pyro_flows_ext.distributions.dequantize import Dequantized
 from pyro_flows_ext.distributions.flow import FlowDistribution
+from pyro_flows_ext.distributions.ordered import NestedDropoutFlow
 from pyro_flows_ext.transforms import ElementwiseAffine, affine_coupling
 
 
@@ -51,6 +52,19 @@ def test_the_bound_rises_to_the_probability_of_the_cell():
     assert (elbo.mean(0) < exact + 3 * elbo.std(0) / 4000**0.5).all()
     assert (exact - elbo.mean(0)).sum() > 1
     torch.testing.assert_close(bound, exact, rtol=0, atol=0.1)
+
+
+def test_the_objective_has_the_penalty_of_the_noisy_value(monkeypatch):
+    """Of an identity flow: k = 1 keeps the first number of (x + u) / 4, and drops the others."""
+    nested = NestedDropoutFlow(dist.Normal(torch.zeros(3), 1.0), ElementwiseAffine(3))
+    flow = Dequantized(nested, num_levels=4, logit_alpha=None)
+    monkeypatch.setattr(nested, "sample_index", lambda shape: torch.ones(shape, dtype=torch.long))
+    x, u = torch.randint(4, (5, 3)).float(), torch.rand(5, 3)
+    monkeypatch.setattr(flow, "_dequantize", lambda *_: (u, torch.zeros(5)))
+    penalty = 20 * ((x + u) / 4)[:, 1:].square().sum(-1)
+    torch.testing.assert_close(flow.objective(x), flow.log_prob(x) - penalty)
+    with pytest.raises(ValueError, match="shape"):
+        flow.objective(torch.zeros(2))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "variational"])

@@ -93,9 +93,9 @@ def test_training_finds_two_parts_and_the_hole_between():
         with pyro.plate("data", len(x)):
             pyro.sample("x", density, obs=x)
 
-    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.995})
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.993})
     svi = SVI(model, lambda x: None, optimizer, Trace_ELBO())
-    for _ in range(450):
+    for _ in range(300):
         svi.step(draw(100))
     x = draw(4000)
     with torch.no_grad():

@@ -188,7 +188,7 @@ def test_one_latent_dimension(guide_type):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
     guide = guide_type(small)
-    result = fit(small, guide, num_steps=400, lr=0.03, progress=False, warm_start=False, seed=0)
+    result = fit(small, guide, num_steps=150, lr=0.05, progress=False, warm_start=False, seed=0)
     assert result.elbo == pytest.approx(0.0, abs=0.05)
 
 

@@ -81,8 +81,8 @@ def test_more_steps_tighten_the_bound():
     for num_steps in (1, 2, 4):
         pyro.clear_param_store()
         guide = linear_guide(num_steps, scale=0.01)
-        optimizer = torch.optim.Adam(guide.parameters(), lr=0.03)
-        for _ in range(250):
+        optimizer = torch.optim.Adam(guide.parameters(), lr=0.05)
+        for _ in range(150):
             loss = -closed_form(guide)
             optimizer.zero_grad()
             loss.backward()

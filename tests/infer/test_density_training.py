@@ -256,6 +256,8 @@ REFUSED = {
     "patience": ({"patience": 0}, "patience: expected a positive integer"),
     "rate": ({"lr": -1.0}, "lr: expected a positive number"),
     "schedule": ({"schedule": "steep"}, "schedule: expected"),
+    "first steps": ({"first_steps": 30}, "first_steps: expected an integer from 0 to 29, got 30"),
+    "none first": ({"first_steps": 3}, "expected 0 for a density without a part to train later"),
     "no rows": ({"data": torch.zeros(0, 2)}, r"data: expected a tensor with at least one row, got \(0, 2\)"),
     "a list": ({"data": [[1.0, 2.0]]}, "data: expected a tensor with at least one row, got list"),
     "event": ({"data": torch.zeros(9, 3)}, r"expected a tensor of shape \(\*, 2\), got \(1, 3\)"),

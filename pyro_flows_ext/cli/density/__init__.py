@@ -160,6 +160,7 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
         "validation_loss": result.best_loss,
         "best_step": result.best_step,
         "steps": result.steps,
+        "first_steps": result.first_steps,
         "stopped_early": result.stopped_early,
         "skipped_steps": result.skipped_steps,
         "seconds": result.seconds,
@@ -185,8 +186,9 @@ def print_learned(learned: Learned) -> None:
     if spec.dequantizes:
         bits = -test.mean / (rows.values.shape[1] * math.log(2))
         print(f"{bits:.3f} bits a number at most, of whole numbers 0 to {(spec.num_levels or 0) - 1}")  # fmt: skip
+    networks = f", the first {result.first_steps} of the networks alone," if result.first_steps else ""  # fmt: skip
     print(
-        f"{result.steps} steps on {train} rows in {result.seconds:.1f} s, "
+        f"{result.steps} steps{networks} on {train} rows in {result.seconds:.1f} s, "
         f"{_num_parameters(result.density)} parameters; kept are those of step {result.best_step}, "
         f"the best on {validation} validation rows"
     )

@@ -41,7 +41,7 @@ class FlowKind:
 class Standardized(Density):
     """The density of x in its own units, by one of y = (x - loc) / scale: log p(x) = log p(y) - Σ log scale, in nats.
 
-    As exact as the density of y, whose bound and penalty it passes on. Shapes as there; the moments are buffers.
+    As exact as the density of y, whose bound and objective it passes on. Shapes as there; the moments are buffers.
     """
 
     def __init__(self, density: Density, standardize: T.Standardize):
@@ -68,11 +68,10 @@ class Standardized(Density):
         density: Any = self.density
         return density.log_prob_bound(y, num_particles) + ladj  # type: ignore[no-any-return]
 
-    def penalty(self, value: Tensor) -> Tensor:
-        """What the density of y adds to its loss, 0 where that is nothing: `(*, *event_shape)` -> `(*)`, in nats."""
+    def objective(self, value: Tensor) -> Tensor:
+        """The objective of the density of y, in the units of x: `(*, *event_shape)` -> `(*)`, in nats."""
         y, ladj = self.standardize.forward_and_ladj(value)
-        density: Any = self.density
-        return density.penalty(y) if hasattr(density, "penalty") else torch.zeros_like(ladj)
+        return self.density.objective(y) + ladj
 
     @property
     def support(self) -> Any:
@@ -141,11 +140,6 @@ class DensitySpec:
             shape = "images (C, H, W)" if kind.of_images else "vectors (D)"
             raise ValueError(
                 f"the flow {self.flow!r} is of {shape}, and a row here is of shape {self.event_shape}"
-            )
-        if self.flow.startswith("nested") and self.dequantize != "no":
-            raise ValueError(
-                f"the flow {self.flow!r} reconstructs its data, which noise to dequantize them would spoil: add "
-                "--dequantize no"
             )
 
 
@@ -236,7 +230,7 @@ FLOWS = {
         4,
         "nsf with ordered latents (Bekasov & Murray 2020)",
     ),
-    "flow-vae": FlowKind(_vae, 4, "nsf over a small VAE (Das et al. 2019); a bound"),
+    "flow-vae": FlowKind(_vae, 4, "nsf over a small VAE, trained first (Das et al. 2019); a bound"),
     "glow": FlowKind(
         lambda shape, K: glow(shape, num_steps=K), 4, "Glow, of images, K steps a level", True
     ),
