@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_flatten
 from ..particles import Program
 from .refusal import Refusal
 
+# What is no container, which a step need not look into.
+_PLAIN = (int, float, bool, str, type(None))
+
 
 @dataclass(frozen=True)
 class Call:
@@ -26,10 +29,11 @@ class Call:
 
 def read_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
     """The key: structure, shapes, layouts, and the values of all that is no tensor. Raises `Refusal` if those have no hash."""
-    if not args and not kwargs:
-        return (), []
-    leaves, structure = tree_flatten((args, kwargs))
-    key: list[Any] = [structure]
+    leaves: list[Any] = [*args, *kwargs.values()]
+    key: list[Any] = [len(args), *kwargs]
+    if not all(isinstance(leaf, Tensor) or type(leaf) in _PLAIN for leaf in leaves):
+        leaves, structure = tree_flatten((args, kwargs))
+        key = [structure]
     tensors: list[Tensor] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):

@@ -44,14 +44,15 @@ class StepProgram:
         _check_memory([*self.params, *updates.tensors], [*traced.others, *arguments])
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.numbers = torch.zeros(num_steps, updates.width, dtype=torch.float64)
+        self.size = torch.tensor(num_steps, device=self.device)  # what it was called with last
         self.places = [t.data_ptr() for t in self.fixed]
         self.steps_seen = -1  # how many steps there had been, by whatever program, after its last
         self.trainable = [p.requires_grad for p in self.params]
-        example = [t.detach() for t in (*self.fixed, *self._changing(arguments, [1.0] * num_steps))]
         counts = [len(self.params), len(updates.tensors), len(traced.others), len(arguments)]
         # Inductor has loops on the CPU, of what writes into nothing that is there before.
-        has_loops = backend == "inductor" and "cpp_wrapper" in _options(example)
+        has_loops = backend == "inductor" and "cpp_wrapper" in _options(self.params)
         self.loops = has_loops and num_steps > 1 and not traced.writes
+        example = [t.detach() for t in (*self.fixed, *self._changing(arguments, [1.0] * num_steps))]
         steps = Steps(traced, updates, counts, num_steps, self.loops)
         if backend == "eager":  # the graph of the loss is interpreted as it is
             self.run: Callable[..., Any] = steps
