@@ -82,7 +82,7 @@ class StepProgram:
                 loss.advance()
         with torch.no_grad():
             (result,) = self.run(*self.fixed, *self._changing(arguments, betas, size))
-        losses: list[float] = result[:size].tolist()
+        losses: list[float] = result.tolist()[:size]
         taken = size
         if self.updates.joint_clip is not None:
             taken -= sum(map(math.isnan, losses))
