@@ -46,15 +46,31 @@ from .initialization import init_to_median
 
 FlowFactory = Callable[[int], FlowTransform]
 
+
+def networked(
+    input_dim: int,
+    *,
+    preset: Callable[..., Any],
+    hidden_dims: Sequence[int] | None = None,
+    **options: Any,
+) -> FlowTransform:
+    """The preset of flows whose networks see other latents, without hidden layers for one latent, which has no others.
+
+    There they would make constants of constants. Adam, which moves each weight by its rate, would move the parameters of
+    a layer some 30 times as fast with two hidden layers of 64, and a stack of splines often did not settle (docs/design.md).
+    """
+    return preset(input_dim, hidden_dims=() if input_dim == 1 else hidden_dims, **options)  # type: ignore[no-any-return]
+
+
 # What `AutoFlow(model, "name")` stands for.
 FLOWS: dict[str, FlowFactory] = {
     "planar": partial(planar, num_transforms=16),
     "radial": partial(radial, num_transforms=16),
     "sylvester": partial(sylvester, num_transforms=4),
     "realnvp": partial(realnvp, num_transforms=8),
-    "nsf": partial(nsf, num_transforms=4),
-    "iaf": partial(iaf, num_transforms=2),
-    "maf": partial(maf, num_transforms=2),
+    "nsf": partial(networked, preset=nsf, num_transforms=4),
+    "iaf": partial(networked, preset=iaf, num_transforms=2),
+    "maf": partial(networked, preset=maf, num_transforms=2),
     "residual": partial(residual, num_transforms=4, exact_log_det=True),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ..transforms import iaf, maf, nsf, planar, radial, realnvp, residual, sylvester
-from .base import AutoFlow, FlowOptions
+from .base import AutoFlow, FlowOptions, networked
 
 
 class AutoPlanar(AutoFlow):
@@ -93,7 +93,13 @@ class AutoNSF(AutoFlow):
         kind: str = "coupling",
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(nsf, num_transforms=num_transforms, hidden_dims=hidden_dims, kind=kind)
+        flow = partial(
+            networked,
+            preset=nsf,
+            num_transforms=num_transforms,
+            hidden_dims=hidden_dims,
+            kind=kind,
+        )
         super().__init__(model, flow, **options)
 
 
@@ -111,7 +117,9 @@ class AutoIAF(AutoFlow):
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(iaf, num_transforms=num_transforms, hidden_dims=hidden_dims)
+        flow = partial(
+            networked, preset=iaf, num_transforms=num_transforms, hidden_dims=hidden_dims
+        )
         super().__init__(model, flow, **options)
 
 
@@ -129,7 +137,9 @@ class AutoMAF(AutoFlow):
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(maf, num_transforms=num_transforms, hidden_dims=hidden_dims)
+        flow = partial(
+            networked, preset=maf, num_transforms=num_transforms, hidden_dims=hidden_dims
+        )
         super().__init__(model, flow, **options)
 
 

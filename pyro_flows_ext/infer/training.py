@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..guides import AutoFlow
 from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded
-from .compiled.arguments import Call
+from .compiled.arguments import Call, parameters_met
 from .compiled.refusal import Refusal
 from .compiled.training import CompiledTraining, Timing
 from .compiled.updates import Owner, owner_in
@@ -193,10 +193,8 @@ class _Trainer:
         return self._eager_step()
 
     def _eager_step(self) -> float | None:
-        with poutine.trace(param_only=True) as capture:
+        with parameters_met() as self.params:
             value = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
-        sites: list[Any] = [s for s in capture.trace.nodes.values() if s["type"] == "param"]
-        self.params = {s["name"]: s["value"].unconstrained() for s in sites}
         params = list({id(p): p for p in self.params.values()}.values())
         active = [p for p in params if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(active, self.clip_norm)

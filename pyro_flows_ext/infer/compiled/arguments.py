@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -48,3 +50,13 @@ def read_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hasha
             ) from None
         key.append((type(leaf), leaf))
     return tuple(key), tensors
+
+
+@contextmanager
+def parameters_met() -> Iterator[dict[str, Tensor]]:
+    """The unconstrained parameters, by name, that a program within met: filled in at the end."""
+    met: dict[str, Tensor] = {}
+    with poutine.trace(param_only=True) as capture:
+        yield met
+    sites: Any = capture.trace.nodes.items()
+    met |= {name: site["value"].unconstrained() for name, site in sites if site["type"] == "param"}

@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, SVI
 from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
 from torch import Tensor
 
 from ..particles import Program
-from .arguments import Call, read_arguments
+from .arguments import Call, parameters_met, read_arguments
 from .kind import Kind
 from .program import Backend, StepProgram
 from .refusal import Refusal
@@ -148,14 +147,10 @@ class CompiledSVI:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[float, dict[str, Tensor]]:
         """A step by the handlers, and the unconstrained parameters that it met."""
-        with poutine.trace(param_only=True) as capture:
+        with parameters_met() as met:
             loss = self._eager.step(*args, **kwargs)
         self._steps += 1
-        sites: Any = capture.trace.nodes.items()
-        found = {
-            name: site["value"].unconstrained() for name, site in sites if site["type"] == "param"
-        }
-        return loss, {name: p for name, p in found.items() if p.requires_grad}
+        return loss, {name: p for name, p in met.items() if p.requires_grad}
 
     def _refuse(self, refusal: Refusal) -> None:
         """Warns of steps that are not compiled, once."""
