@@ -85,7 +85,12 @@ def logistic() -> Problem:
     def model(X: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(50), 1.0).to_event(1))
         with pyro.plate("data", 1000):
-            pyro.sample("y", dist.Bernoulli(logits=(w.unsqueeze(-2) @ X.T).squeeze(-2)), obs=y)
+            logits = w @ X.T
+            if (
+                w.dim() > 1
+            ):  # particles, and a place for the plate, which is the product's last dimension now
+                logits = logits.squeeze(-2)
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
     return model, (X, y), {}
 
