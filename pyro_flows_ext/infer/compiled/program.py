@@ -44,7 +44,7 @@ class StepProgram:
         _check_memory([*self.params, *updates.tensors], [*traced.others, *arguments])
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.numbers = torch.zeros(num_steps, updates.width, dtype=torch.float64)
-        self.size = torch.tensor(num_steps, device=self.device)  # what it was called with last
+        self.size = torch.tensor(num_steps, device=self.device)  # of a call
         self.places = [t.data_ptr() for t in self.fixed]
         self.steps_seen = -1  # how many steps there had been, by whatever program, after its last
         self.trainable = [p.requires_grad for p in self.params]
@@ -94,11 +94,9 @@ class StepProgram:
     ) -> list[Tensor]:
         size = self.num_steps if size is None else size
         self.numbers.numpy()[:size] = self.updates.numbers(size)
-        changing = [
-            *arguments,
-            self.numbers.to(self.device),
-            torch.tensor(size, device=self.device),
-        ]
+        if self.loops:
+            self.size.fill_(size)
+        changing = [*arguments, self.numbers.to(self.device), self.size]
         if self.with_beta:
             rows = [*betas, *[math.nan] * (self.num_steps - size)]
             changing.append(torch.tensor(rows, dtype=self.dtype, device=self.device))

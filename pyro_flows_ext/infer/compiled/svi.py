@@ -72,7 +72,7 @@ class CompiledSVI:
         return self._advance(1, 1, args, kwargs)[0]
 
     def run(self, num_steps: int, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes `num_steps` steps, `steps_per_call` in one call where so many are left; their losses `(num_steps)`."""
+        """Takes `num_steps` steps, up to `steps_per_call` in one call; their losses `(num_steps)`."""
         losses: list[float] = []
         while (left := num_steps - len(losses)) > 0:
             size = min(left, self.steps_per_call)
