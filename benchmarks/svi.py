@@ -85,11 +85,8 @@ def logistic() -> Problem:
     def model(X: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(50), 1.0).to_event(1))
         with pyro.plate("data", 1000):
-            logits = w @ X.T
-            if (
-                w.dim() > 1
-            ):  # particles, and a place for the plate, which is the product's last dimension now
-                logits = logits.squeeze(-2)
+            # Particles come with a place for the plate, which is the product's last dimension.
+            logits = (w @ X.T).reshape(*w.shape[:-2], len(X))
             pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
     return model, (X, y), {}
