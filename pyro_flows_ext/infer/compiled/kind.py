@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import pyro
@@ -79,8 +80,7 @@ class Kind:
         """Compiles a program of `num_steps` steps, after `trace`; see `Updates` for `joint_clip`."""
         if self.traced is None:
             raise RuntimeError("build: trace first")
-        marked = zip(self.params.values(), self.traced.reached, strict=True)
-        reached = [p for p, is_reached in marked if is_reached]
+        reached = list(compress(self.params.values(), self.traced.reached))
         updates = Updates(reached, [owner_of(p) for p in reached], joint_clip)
         annealed = isinstance(call.loss, AnnealedELBO)
         program = StepProgram(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
+from operator import not_
 
 import torch
 from torch import Tensor
@@ -32,19 +34,13 @@ class Steps:
         self.num_steps, self.in_a_loop = num_steps, in_a_loop
         self.blocks = updates.blocks(packed=in_a_loop)
         self.sizes = [1 + len(block.names) for block in self.blocks]
-        self.num_idle = traced.reached.count(False)
 
     def __call__(self, *flat: Tensor) -> tuple[Tensor]:
-        params, states, *_ = _split(flat, self.counts)
-        reached = [
-            p for p, is_reached in zip(params, self.traced.reached, strict=True) if is_reached
-        ]
-        idle = [
-            p for p, is_reached in zip(params, self.traced.reached, strict=True) if not is_reached
-        ]
-        values = self.updates.by_param(reached, states)
+        params, states, others, arguments, (numbers, size, *betas) = _split(flat, self.counts)
+        values = self.updates.by_param(list(compress(params, self.traced.reached)), states)
         moving = [t for block in self.blocks for t in block.pack(values)]
-        fixed = [*idle, *flat[sum(self.counts[:2]) :]]
+        idle = compress(params, map(not_, self.traced.reached))
+        fixed = [size, numbers, *idle, *others, *arguments, *betas]
         losses, moving = (self._loop if self.in_a_loop else self._unroll)(moving, fixed)
         self.updates.write(self.blocks, _split(moving, self.sizes)[:-1], values)
         return (losses,)
@@ -57,10 +53,8 @@ class Steps:
         return torch.stack(losses), moving
 
     def _loop(self, moving: list[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        size_at = len(moving) + self.num_idle + sum(self.counts[2:]) + 1
-
         def is_left(i: Tensor, losses: Tensor, *values: Tensor) -> Tensor:
-            return i < values[size_at]
+            return i < values[len(moving)]  # size, the first of what is fixed
 
         def body(i: Tensor, losses: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             loss, after = self._step(i, values[: len(moving)], values[len(moving) :])
@@ -76,15 +70,16 @@ class Steps:
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss before step i, and what the step makes of parameters and states."""
         *values, _ = _split(moving, self.sizes)
-        idle, others, arguments, (numbers, _, *betas) = _split(
-            fixed, [self.num_idle, *self.counts[2:]]
+        (_, numbers), idle, others, arguments, betas = _split(
+            fixed, [2, self.traced.reached.count(False), *self.counts[2:]]
         )
         reached = {
             k: p
             for block, (packed, *_) in zip(self.blocks, values, strict=True)
             for k, [p] in block.unpack([packed])
         }
-        params = _merged([reached[k] for k in range(len(reached))], idle, self.traced.reached)
+        first, second = (reached[k] for k in sorted(reached)), iter(idle)
+        params = [next(first if is_reached else second) for is_reached in self.traced.reached]
         beta = [_row(b, i) for b in betas]
         loss, *grads = self.traced.graph(*params, *arguments, *beta, *others)
         loss, after = self.updates.apply(self.blocks, loss, grads, values, _row(numbers, i))
@@ -103,11 +98,3 @@ def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor
         parts.append(rest[:count])
         rest = rest[count:]
     return [*parts, rest]
-
-
-def _merged(
-    reached: Sequence[Tensor], idle: Sequence[Tensor], which: Sequence[bool]
-) -> list[Tensor]:
-    """The two kinds of parameters in the order of all."""
-    first, second = iter(reached), iter(idle)
-    return [next(first if is_reached else second) for is_reached in which]

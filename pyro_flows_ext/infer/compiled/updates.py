@@ -180,10 +180,8 @@ class Updates:
         columns = {id(c): part for c, part in zip(self.distinct, parts, strict=True)}
         after = []
         for block, (p, *state) in zip(blocks, values, strict=True):
-            cohort, named = (
-                self.cohorts[block.members[0]],
-                dict(zip(block.names, state, strict=True)),
-            )
+            cohort = self.cohorts[block.members[0]]
+            named = dict(zip(block.names, state, strict=True))
             [g] = block.pack(clipped)
             c = columns[id(cohort)].to(p.dtype).unbind()
             new_p, new = cohort.rule.update(p, g, named, c, cohort.settings)
