@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,15 @@ def decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]
     if schedule == "exponential":
         return lambda i: final ** (i / num_steps)
     return lambda i: 1.0
+
+
+def warn_of_skipped(skipped: int, num_steps: int) -> None:
+    """Warns whoever called the function that calls this, if steps were skipped."""
+    if skipped:
+        warnings.warn(
+            f"{skipped} of {num_steps} steps had no finite loss and gradient, and were skipped",
+            stacklevel=3,
+        )
 
 
 @contextmanager

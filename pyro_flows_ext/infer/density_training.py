@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import Density
-from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded
+from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded, warn_of_skipped
 
 # Every look at the validation data takes the same random numbers: two looks at a bound differ by the parameters alone.
 LOOK_SEED = 0
@@ -116,11 +115,7 @@ def fit_density(
         result = _joined(first, run(num_steps - first_steps))
     else:
         result = run(num_steps)
-    if result.skipped_steps:
-        warnings.warn(
-            f"{result.skipped_steps} of {result.steps} steps had no finite loss and gradient, and were skipped",
-            stacklevel=2,
-        )
+    warn_of_skipped(result.skipped_steps, result.steps)
     return result
 
 

@@ -20,7 +20,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded
+from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded, warn_of_skipped
 from .compiled.arguments import Call, parameters_met
 from .compiled.refusal import Refusal
 from .compiled.training import CompiledTraining, Timing
@@ -124,9 +124,7 @@ def fit(
         trainer.use(optim, lr, decay(schedule, num_steps, final_lr))
         losses, skipped = _run(trainer, num_steps, progress)
         seconds = time.perf_counter() - start
-    if skipped:
-        message = "had no finite loss and gradient, and were skipped"
-        warnings.warn(f"{skipped} of {num_steps} steps {message}", stacklevel=2)
+    warn_of_skipped(skipped, num_steps)
     elbo, elbo_se, converged = _verdict(losses, tolerance)
     return FitResult(
         losses=losses,
