@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .layers import Layers
 from .products import SMALL_PRODUCTS
 from .refusal import Refusal
 from .steps import Steps
@@ -53,10 +54,13 @@ class StepProgram:
         has_loops = backend == "inductor" and "cpp_wrapper" in _options(self.params)
         self.loops = has_loops and num_steps > 1 and not traced.writes
         example = [t.detach() for t in (*self.fixed, *self._changing(arguments, [1.0] * num_steps))]
-        steps = Steps(traced, updates, counts, num_steps, self.loops)
         if backend == "eager":  # the graph of the loss is interpreted as it is
-            self.run: Callable[..., Any] = steps
+            self.run: Callable[..., Any] = Steps(
+                traced.graph, traced.reached, updates, counts, num_steps, self.loops
+            )
             return
+        layers = Layers(traced.graph)
+        steps = Steps(layers, traced.reached, updates, counts, num_steps, self.loops)
         with torch.no_grad():
             to_graph = make_fx(steps, SMALL_PRODUCTS, "fake", _allow_non_fake_inputs=True)
             self.run = _compile(to_graph(*example), example, backend)

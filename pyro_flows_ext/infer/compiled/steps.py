@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from operator import not_
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop_op
 
-from .tracing import LossGraph
 from .updates import Updates
 
 
 class Steps:
     """(*params, *states, *others, *arguments, numbers, size, betas?) -> losses `(num_steps,)`, as a function to trace.
 
+    `gradient`: (*params, *arguments, *beta, *others) -> (loss, *gradients), the latter of parameters that are `reached`.
     `counts`: how many parameters, states, others and arguments there are. Parameters and states are written in place,
     after the last step. A loop takes the first `size` steps, and carries vectors, of all elements that are updated
     alike, rather than many small tensors.
@@ -24,22 +25,23 @@ class Steps:
 
     def __init__(
         self,
-        traced: LossGraph,
+        gradient: Callable[..., Any],
+        reached: list[bool],
         updates: Updates,
         counts: Sequence[int],
         num_steps: int,
         in_a_loop: bool,
     ):
-        self.traced, self.updates, self.counts = traced, updates, counts
+        self.gradient, self.reached, self.updates, self.counts = gradient, reached, updates, counts
         self.num_steps, self.in_a_loop = num_steps, in_a_loop
         self.blocks = updates.blocks(packed=in_a_loop)
         self.sizes = [1 + len(block.names) for block in self.blocks]
 
     def __call__(self, *flat: Tensor) -> tuple[Tensor]:
         params, states, others, arguments, (numbers, size, *betas) = _split(flat, self.counts)
-        values = self.updates.by_param(list(compress(params, self.traced.reached)), states)
+        values = self.updates.by_param(list(compress(params, self.reached)), states)
         moving = [t for block in self.blocks for t in block.pack(values)]
-        idle = compress(params, map(not_, self.traced.reached))
+        idle = compress(params, map(not_, self.reached))
         fixed = [size, numbers, *idle, *others, *arguments, *betas]
         losses, moving = (self._loop if self.in_a_loop else self._unroll)(moving, fixed)
         self.updates.write(self.blocks, _split(moving, self.sizes)[:-1], values)
@@ -71,7 +73,7 @@ class Steps:
         """The loss before step i, and what the step makes of parameters and states."""
         *values, _ = _split(moving, self.sizes)
         (_, numbers), idle, others, arguments, betas = _split(
-            fixed, [2, self.traced.reached.count(False), *self.counts[2:]]
+            fixed, [2, self.reached.count(False), *self.counts[2:]]
         )
         reached = {
             k: p
@@ -79,9 +81,9 @@ class Steps:
             for k, [p] in block.unpack([packed])
         }
         first, second = (reached[k] for k in sorted(reached)), iter(idle)
-        params = [next(first if is_reached else second) for is_reached in self.traced.reached]
+        params = [next(first if is_reached else second) for is_reached in self.reached]
         beta = [_row(b, i) for b in betas]
-        loss, *grads = self.traced.graph(*params, *arguments, *beta, *others)
+        loss, *grads = self.gradient(*params, *arguments, *beta, *others)
         loss, after = self.updates.apply(self.blocks, loss, grads, values, _row(numbers, i))
         return loss, [t for block in after for t in block]
 

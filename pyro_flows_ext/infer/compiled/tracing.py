@@ -90,6 +90,8 @@ def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
                 inputs.append(graph.graph.placeholder(f"other_{index - len(given)}"))
                 tensors.append(value)
             node.replace_all_uses_with(inputs[index])
+    for node, tensor in zip(inputs, tensors, strict=True):
+        node.meta["val"] = torch.empty_like(tensor, device="meta")
     return tensors[len(given) :]
 
 
@@ -103,7 +105,7 @@ def _is_number(node: Node, value: Tensor) -> bool:
 def _simplify(graph: GraphModule) -> None:
     """Says by functions what the run said by constants and by writing: loops have no place for either.
 
-    Standard normal draws are the same ones, from the same generator.
+    Standard normal draws are the same ones, from the same generator. Gradients of norms fill in zeros.
     """
     for node in graph.graph.nodes:
         with graph.graph.inserting_before(node):
@@ -114,6 +116,9 @@ def _simplify(graph: GraphModule) -> None:
             elif _is_standard_draw(node):
                 empty = node.args[0]
                 new = graph.graph.call_function(aten.randn.default, empty.args[:1], empty.kwargs)
+            elif node.target is aten.masked_fill_.Scalar and _is_private(node.args[0]):
+                new = graph.graph.call_function(aten.masked_fill.Scalar, node.args)
+                new.meta = node.meta
             else:
                 continue
             node.replace_all_uses_with(new)
@@ -131,6 +136,13 @@ def _is_standard_draw(node: Node) -> bool:
         and "memory_format" not in empty.kwargs
         and len(empty.users) == 1
     )
+
+
+def _is_private(node: Node) -> bool:
+    """Whether nothing but one operation sees the memory of what a node makes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or len(node.users) > 1:
+        return False
+    return all(result.alias_info is None for result in node.target._schema.returns)
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -178,13 +178,16 @@ class Updates:
         clipped = [[_clipped(g, owner.clip)] for g, owner in zip(grads, self.owners, strict=True)]
         parts = numbers.split([cohort.width for cohort in self.distinct])
         columns = {id(c): part for c, part in zip(self.distinct, parts, strict=True)}
+        known: dict[tuple[int, torch.dtype], Sequence[Tensor]] = {}
         after = []
         for block, (p, *state) in zip(blocks, values, strict=True):
             cohort = self.cohorts[block.members[0]]
+            key = id(cohort), p.dtype
+            if key not in known:  # the same for all blocks of a cohort
+                known[key] = columns[id(cohort)].to(p.dtype).unbind()
             named = dict(zip(block.names, state, strict=True))
             [g] = block.pack(clipped)
-            c = columns[id(cohort)].to(p.dtype).unbind()
-            new_p, new = cohort.rule.update(p, g, named, c, cohort.settings)
+            new_p, new = cohort.rule.update(p, g, named, known[key], cohort.settings)
             if "step" in named:
                 new["step"] = named["step"] + 1
             moved = [new_p, *(new[name] for name in block.names)]
