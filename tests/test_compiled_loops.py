@@ -58,7 +58,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[StepProgram]:
 
     monkeypatch.setattr(StepProgram, "__init__", noted)
     monkeypatch.setattr(program, "_compile", lambda graph, *_: graph)
-    monkeypatch.setattr(program, "_options", lambda _: {"cpp_wrapper": True})
+    monkeypatch.setattr(program, "options_for", lambda _: {"cpp_wrapper": True})
     return made
 
 
@@ -92,7 +92,7 @@ def test_a_graph_has_one_step_however_many_it_takes(monkeypatch: pytest.MonkeyPa
         return graph
 
     monkeypatch.setattr(program, "_compile", count)
-    monkeypatch.setattr(program, "_options", lambda _: {"cpp_wrapper": True})
+    monkeypatch.setattr(program, "options_for", lambda _: {"cpp_wrapper": True})
     for steps in (2, 50):
         CompiledSVI(model, guide, start(), Trace_ELBO(), steps_per_call=steps).run(1 + steps)
     assert sizes[0] == sizes[1]

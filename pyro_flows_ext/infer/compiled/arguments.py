@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyro import poutine
 from torch import Tensor
@@ -18,8 +17,7 @@ from .refusal import Refusal
 _PLAIN = (int, float, bool, str, type(None))
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The loss of a model and a guide with some arguments."""
 
     loss: Any  # an ELBO; its abstract base declares no loss

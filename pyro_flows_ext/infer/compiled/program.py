@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .inductor import compile_graph, decompositions, options_for
 from .layers import Layers
 from .products import SMALL_PRODUCTS
 from .refusal import Refusal
@@ -42,18 +42,22 @@ class StepProgram:
         self.updates, self.num_steps, self.with_beta = updates, num_steps, with_beta
         self.params = list(params.values())
         self.fixed = [*self.params, *updates.tensors, *traced.others]
+        self.inputs = [
+            t.detach() for t in self.fixed
+        ]  # aliases, which no graph of autograd follows
         _check_memory([*self.params, *updates.tensors], [*traced.others, *arguments])
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.numbers = torch.zeros(num_steps, updates.width, dtype=torch.float64)
+        self.rows = self.numbers.numpy()  # in the same memory
         self.size = torch.tensor(num_steps, device=self.device)  # of a call
         self.places = [t.data_ptr() for t in self.fixed]
         self.steps_seen = -1  # how many steps there had been, by whatever program, after its last
         self.trainable = [p.requires_grad for p in self.params]
         counts = [len(self.params), len(updates.tensors), len(traced.others), len(arguments)]
         # Inductor has loops on the CPU, of what writes into nothing that is there before.
-        has_loops = backend == "inductor" and "cpp_wrapper" in _options(self.params)
-        self.loops = has_loops and num_steps > 1 and not traced.writes
-        example = [t.detach() for t in (*self.fixed, *self._changing(arguments, [1.0] * num_steps))]
+        options = options_for(self.params) if backend == "inductor" else {}
+        self.loops = "cpp_wrapper" in options and num_steps > 1 and not traced.writes
+        example = [*self.inputs, *self._changing(arguments, [1.0] * num_steps)]
         if backend == "eager":  # the graph of the loss is interpreted as it is
             self.run: Callable[..., Any] = Steps(
                 traced.graph, traced.reached, updates, counts, num_steps, self.loops
@@ -61,8 +65,9 @@ class StepProgram:
             return
         layers = Layers(traced.graph)
         steps = Steps(layers, traced.reached, updates, counts, num_steps, self.loops)
+        table = (decompositions(options) if options else {}) | SMALL_PRODUCTS
         with torch.no_grad():
-            to_graph = make_fx(steps, SMALL_PRODUCTS, "fake", _allow_non_fake_inputs=True)
+            to_graph = make_fx(steps, table, "fake", _allow_non_fake_inputs=True)
             self.run = _compile(to_graph(*example), example, backend)
 
     def takes(self, size: int) -> bool:
@@ -84,8 +89,7 @@ class StepProgram:
             for _ in range(size):
                 betas.append(loss.beta)
                 loss.advance()
-        with torch.no_grad():
-            (result,) = self.run(*self.fixed, *self._changing(arguments, betas, size))
+        (result,) = self.run(*self.inputs, *self._changing(arguments, betas, size))
         losses: list[float] = result.tolist()[:size]
         taken = size
         if self.updates.joint_clip is not None:
@@ -97,10 +101,11 @@ class StepProgram:
         self, arguments: Sequence[Tensor], betas: Sequence[float], size: int | None = None
     ) -> list[Tensor]:
         size = self.num_steps if size is None else size
-        self.numbers.numpy()[:size] = self.updates.numbers(size)
+        self.rows[:size] = self.updates.numbers(size)
         if self.loops:
             self.size.fill_(size)
-        changing = [*arguments, self.numbers.to(self.device), self.size]
+        given = [t.detach() if t.requires_grad else t for t in arguments]
+        changing = [*given, self.numbers.to(self.device), self.size]
         if self.with_beta:
             rows = [*betas, *[math.nan] * (self.num_steps - size)]
             changing.append(torch.tensor(rows, dtype=self.dtype, device=self.device))
@@ -119,9 +124,7 @@ def _compile(graph: GraphModule, example: list[Tensor], backend: Backend) -> Cal
     try:
         with _quiet():
             if backend == "inductor":
-                from torch._inductor.compile_fx import compile_fx
-
-                return compile_fx(graph, example, config_patches=_options(example))  # type: ignore[return-value]
+                return compile_graph(graph, example, options_for(example))
             if isinstance(backend, str):
                 backend = torch._dynamo.lookup_backend(backend)
             return backend(graph, example)
@@ -142,13 +145,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _options(example: Sequence[Tensor]) -> dict[str, Any]:
-    """Draws by torch's own generators, in the order of the program: the same seeds give what the handlers give."""
-    options: dict[str, Any] = {"fallback_random": True}
-    if any(t.device.type == "cuda" for t in example):
-        options["triton.cudagraphs"] = True
-    elif shutil.which("g++") or shutil.which("clang++"):
-        options["cpp_wrapper"] = True
-    return options

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 # A stretch has to come so often, and to save so many nodes.
 LEAST_COUNT, LEAST_SAVED = 3, 24
 # More of a stretch than that must not wait for the one before: stacking parameters would cost more than it saves.
-MOST_WAITING = 1 / 3
+MOST_WAITING = 1 / 4
 
 
 @dataclass(frozen=True)

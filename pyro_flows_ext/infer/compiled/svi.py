@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable
 from functools import partial
@@ -139,7 +140,7 @@ class CompiledSVI:
         kind.calls += 1
         self._steps += len(losses)
         program.steps_seen = self._steps
-        for loss in losses:
+        for loss in filter(math.isnan, losses):
             warn_if_nan(loss, "loss")  # type: ignore[call-overload]
         return losses
 

@@ -97,22 +97,29 @@ class Updates:
             self.tensors += [state[name] for name in names]
             self.names.append(names)
         self.distinct = list(distinct.values())
-        self.stores = [owner.optimizer.state for owner in self.owners]
+        self.watched = [
+            (owner.group, cohort, owner.optimizer, owner.optimizer.state)
+            for owner, cohort in zip(self.owners, self.cohorts, strict=True)
+        ]
         self.width = sum(cohort.width for cohort in self.distinct)
 
     def is_current(self, others_stepped: bool) -> bool:
         """Takes over new rates, and counts if others stepped; whether they and the state still suit the graph."""
+        if not others_stepped:  # what nearly every step finds, and finds quickly
+            for group, cohort, optimizer, store in self.watched:
+                if group["lr"] != cohort.lr or optimizer.state is not store:
+                    break
+            else:
+                return True
         seen: set[int] = set()
-        for p, owner, cohort, store in zip(
-            self.params, self.owners, self.cohorts, self.stores, strict=True
-        ):
-            lr = owner.group["lr"]
+        for p, (group, cohort, optimizer, store) in zip(self.params, self.watched, strict=True):
+            lr = group["lr"]
             if id(cohort) not in seen:
                 seen.add(id(cohort))
                 cohort.lr = float(lr)
                 if others_stepped:
                     cohort.t = int(store.get(p, {}).get("step", 0))
-            if lr != cohort.lr or owner.optimizer.state is not store:
+            if lr != cohort.lr or optimizer.state is not store:
                 return False
             if others_stepped and int(store.get(p, {}).get("step", 0)) != cohort.t:
                 return False
