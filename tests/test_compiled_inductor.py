@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_flows_ext.infer.compiled import inductor
+from pyro_flows_ext.infer.compiled import inductor, program
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"
@@ -54,7 +54,7 @@ def test_a_compiled_graph_is_the_function(function: Callable[..., tuple[Tensor]]
     """Values, what is written, draws, and the count of writes by which autograd notices them."""
     options = inductor.options_for(inputs())
     graph = make_fx(function, inductor.decompositions(options), tracing_mode="fake")(*inputs())
-    compiled = inductor.compile_graph(graph, inputs(), options)
+    compiled = program._compile(graph, inputs(), "inductor")
     x, y = inputs()
     x_compiled, y_compiled = inputs()
     for _ in range(2):
