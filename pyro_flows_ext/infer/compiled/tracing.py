@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .arguments import Call
 from .losses import loss_and_surrogate
 from .refusal import Refusal, line_of, reads_refused
+from .simplify import simplify
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ def trace_loss(
     [output] = [node for node in graph.graph.nodes if node.op == "output"]
     value, grads = output.args[0]
     output.args = ((value, *(g for g in grads if g is not None)),)
-    _simplify(graph)
+    simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     writes = written.reaches([*given, *others])
@@ -100,49 +101,6 @@ def _is_number(node: Node, value: Tensor) -> bool:
     return value.dim() == 0 and all(
         user.target is aten.lift_fresh_copy.default for user in node.users
     )
-
-
-def _simplify(graph: GraphModule) -> None:
-    """Says by functions what the run said by constants and by writing: loops have no place for either.
-
-    Standard normal draws are the same ones, from the same generator. Gradients of norms fill in zeros.
-    """
-    for node in graph.graph.nodes:
-        with graph.graph.inserting_before(node):
-            if node.target is aten.lift_fresh_copy.default and node.args[0].op == "get_attr":
-                value = getattr(graph, node.args[0].target)
-                options = {"dtype": value.dtype, "device": value.device}
-                new = graph.graph.call_function(aten.full.default, ([], value.item()), options)
-            elif _is_standard_draw(node):
-                empty = node.args[0]
-                new = graph.graph.call_function(aten.randn.default, empty.args[:1], empty.kwargs)
-            elif node.target is aten.masked_fill_.Scalar and _is_private(node.args[0]):
-                new = graph.graph.call_function(aten.masked_fill.Scalar, node.args)
-                new.meta = node.meta
-            else:
-                continue
-            node.replace_all_uses_with(new)
-            graph.graph.erase_node(node)
-
-
-def _is_standard_draw(node: Node) -> bool:
-    """Whether a node fills a tensor, made for this, with standard normal draws."""
-    if node.target is not aten.normal_.default or len(node.args) > 1 or node.kwargs:
-        return False
-    empty = node.args[0]
-    return (
-        isinstance(empty, Node)
-        and empty.target is aten.empty.memory_format
-        and "memory_format" not in empty.kwargs
-        and len(empty.users) == 1
-    )
-
-
-def _is_private(node: Node) -> bool:
-    """Whether nothing but one operation sees the memory of what a node makes."""
-    if not isinstance(node.target, torch._ops.OpOverload) or len(node.users) > 1:
-        return False
-    return all(result.alias_info is None for result in node.target._schema.returns)
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
