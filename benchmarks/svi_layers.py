@@ -27,10 +27,10 @@ from svi import schools, take
 from torch._inductor.utils import fresh_cache
 
 from pyro_flows_ext.infer import CompiledSVI
-from pyro_flows_ext.infer.compiled import program
+from pyro_flows_ext.infer.compiled import program, tracing
 
 KINDS = {"planar": planar, "radial": radial}
-LAYERS, COMPILE = program.Layers, program._compile
+MERGE, COMPILE = tracing.merge_layers, program._compile
 
 
 def compiled(
@@ -46,7 +46,7 @@ def compiled(
         facts["compile s"] = time.perf_counter() - start
         return run
 
-    program.Layers = LAYERS if is_merged else lambda graph: graph  # type: ignore[assignment, misc]
+    tracing.merge_layers = MERGE if is_merged else lambda graph, _: graph
     program._compile = timed
     svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     with fresh_cache():

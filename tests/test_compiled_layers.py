@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flows_ext.guides import AutoNSF
 from pyro_flows_ext.infer.compiled import CompiledSVI, repeats
 from pyro_flows_ext.infer.compiled.arguments import Call
-from pyro_flows_ext.infer.compiled.layers import Layers
+from pyro_flows_ext.infer.compiled.layers import Layers, merge_layers
 from pyro_flows_ext.infer.compiled.repeats import find_repeats
 from pyro_flows_ext.infer.compiled.tracing import trace_loss
 
@@ -169,3 +169,23 @@ def test_compiled_steps_of_merged_layers(monkeypatch: pytest.MonkeyPatch) -> Non
         losses.append([svi.step() for _ in range(12)])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
     assert len(made) == 1
+
+
+def test_what_has_no_batched_form_stays_as_it_is() -> None:
+    """Steps that `torch.vmap` refuses: their results have sizes that depend on values."""
+    parameters = torch.rand(6, 3) + 1
+
+    def run(x: Tensor, parameters: Tensor) -> list[Tensor]:
+        kept = []
+        for w in parameters.unbind():
+            kept.append(
+                torch.ops.aten.nonzero.default((w.exp() + 1).log().tanh().sin()).sum() * x.sum()
+            )
+            kept[-1] = kept[-1] + ((w * 2).exp().cos().sin().tanh() * x).sum().exp().log1p()
+            x = x.tanh()
+        return [x, torch.stack(kept)]
+
+    inputs = [torch.randn(3), parameters]
+    graph = make_fx(run)(*inputs)
+    assert Layers(graph).repeats
+    assert merge_layers(graph, inputs) is graph

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,22 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from .repeats import Carried, Given, Inside, Repeat, Source, find_repeats, inputs_of, is_draw
+
+
+def merge_layers(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """The function of a graph, with equal layers computed at once where there are any.
+
+    The graph itself where torch has no batched form of what layers do, as a run with these inputs tells.
+    """
+    layers = Layers(graph)
+    if not layers.repeats:
+        return graph
+    try:
+        with torch.no_grad():
+            layers(*inputs)
+    except (RuntimeError, NotImplementedError):
+        return graph
+    return layers
 
 
 class Layers:

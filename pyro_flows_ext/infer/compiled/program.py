@@ -16,7 +16,6 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .inductor import compile_graph, decompositions, options_for
-from .layers import Layers
 from .products import SMALL_PRODUCTS
 from .refusal import Refusal
 from .steps import Steps
@@ -63,8 +62,7 @@ class StepProgram:
                 traced.graph, traced.reached, updates, counts, num_steps, self.loops
             )
             return
-        layers = Layers(traced.graph)
-        steps = Steps(layers, traced.reached, updates, counts, num_steps, self.loops)
+        steps = Steps(traced.merged, traced.reached, updates, counts, num_steps, self.loops)
         table = (decompositions(options) if options else {}) | SMALL_PRODUCTS
         with torch.no_grad():
             to_graph = make_fx(steps, table, "fake", _allow_non_fake_inputs=True)

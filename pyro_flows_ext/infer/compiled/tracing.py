@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .arguments import Call
+from .layers import merge_layers
 from .losses import loss_and_surrogate
 from .refusal import Refusal, line_of, reads_refused
 from .simplify import simplify
@@ -28,6 +29,7 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class LossGraph:
     """`graph`: (*params, *arguments, *beta, *others) -> (loss, *gradients), the latter of those that `reached` marks.
+    `merged`: the same with equal layers computed at once, which is what is compared and compiled.
 
     `others` are the tensors beside parameters and arguments that the program looked up while it ran: data that the
     model closes over, buffers. They are inputs too, so that what is written into them is seen. `writes`: whether the
@@ -35,6 +37,7 @@ class LossGraph:
     """
 
     graph: GraphModule
+    merged: Callable[..., Any]
     others: list[Tensor]
     reached: list[bool]
     writes: bool
@@ -73,7 +76,10 @@ def trace_loss(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     writes = written.reaches([*given, *others])
-    return LossGraph(graph, others, [g is not None for g in grads], writes)
+    with unchanged(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of batches that are taken one by one
+        merged = merge_layers(graph, [*given, *others])
+    return LossGraph(graph, merged, others, [g is not None for g in grads], writes)
 
 
 def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:

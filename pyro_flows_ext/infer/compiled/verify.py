@@ -88,7 +88,7 @@ def _by_graph(
     traced: LossGraph, params: Sequence[Tensor], arguments: Sequence[Tensor], beta: float | None
 ) -> list[Tensor | None]:
     betas = [] if beta is None else [params[0].new_tensor(beta)]
-    value, *grads = traced.graph(*params, *arguments, *betas, *traced.others)
+    value, *grads = traced.merged(*params, *arguments, *betas, *traced.others)
     value, rest = value.clone(), iter([g.clone() for g in grads])
     return [value, *(next(rest) if reached else None for reached in traced.reached)]
 
