@@ -111,6 +111,20 @@ def test_layers_that_wait_for_one_another_stay_as_they_are() -> None:
         assert torch.equal(new, old)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(64, 1), (8192, 0)])
+def test_large_tensors_are_not_stacked(size: int, expected: int) -> None:
+    def run(x: Tensor, parameters: Tensor) -> list[Tensor]:
+        kept = []
+        for w in parameters.unbind():
+            w = (w.exp() + 1).log().tanh().sin().exp().cos().sqrt().sin()
+            x = x + w * x.tanh()
+            kept.append((x * w).exp().sin().sum() * w.cos().sum().exp())
+        return [x, torch.stack(kept)]
+
+    graph = make_fx(run, tracing_mode="fake")(torch.randn(size), torch.randn(5, size))
+    assert len(find_repeats(graph)) == expected
+
+
 def test_draws_keep_their_order() -> None:
     """Steps in time with a draw each, and one of other shape between them."""
     coefficients = torch.nn.Parameter(0.1 * torch.randn(8, 3))

@@ -15,8 +15,12 @@ from torch.fx.node import map_arg
 
 # A stretch has to come so often, and to save so many nodes.
 LEAST_COUNT, LEAST_SAVED = 3, 24
+# So many runs are looked into, of every part of a graph.
+MOST_RUNS = 8
 # More of a stretch than that must not wait for the one before: stacking parameters would cost more than it saves.
 MOST_WAITING = 1 / 4
+# Larger tensors take longer to stack than the calls that this saves.
+MOST_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,10 @@ class Repeat:
     @property
     def is_worthwhile(self) -> bool:
         waiting = len(self.chain) / len(self.sources)
-        return 0 < waiting <= MOST_WAITING and self.saved >= LEAST_SAVED
+        seen = {n for node in self.rows[0] for n in (node, *inputs_of(node))}
+        values = [value for n in seen if isinstance(value := n.meta.get("val"), Tensor)]
+        is_small = all(value.numel() <= MOST_ELEMENTS for value in values)
+        return 0 < waiting <= MOST_WAITING and self.saved >= LEAST_SAVED and is_small
 
 
 def find_repeats(graph: GraphModule) -> list[Repeat]:
@@ -132,12 +139,14 @@ class _Search:
                 most = (last - first) // period * period
                 if most >= max((LEAST_COUNT - 1) * period, LEAST_SAVED):
                     runs.append((most, start + first, start + last + period, period))
-        return [run for _, *run in sorted(runs, key=lambda run: -run[0])]  # type: ignore[misc]
+        runs.sort(key=lambda run: -run[0])
+        return [run[1:] for run in runs[:MOST_RUNS]]
 
     def _repeats(self, first: int, stop: int, period: int) -> Iterator[Repeat]:
-        """Those of a run, by where their stretches begin, each with as many stretches as there are."""
+        """Those of a run, by where their stretches begin, with all stretches of the run or all but one."""
         for begin in range(first, min(first + period, stop)):
-            counts = range((stop - begin) // period, LEAST_COUNT - 1, -1)
+            most = (stop - begin) // period
+            counts = (count for count in (most, most - 1) if count >= LEAST_COUNT)
             repeats = (self._repeat(begin, period, count) for count in counts)
             repeat = next(filter(None, repeats), None)
             if repeat is not None:
