@@ -114,10 +114,7 @@ class _Stretches:
 
     def _at_once(self, offsets: Sequence[int]) -> None:
         """Some offsets of all stretches."""
-        among = set(offsets)
-        taken = dict.fromkeys(s for j in offsets for s in self.repeat.sources[j])
-        outer = [s for s in taken if not (isinstance(s, Inside) and s.offset in among)]
-        columns = {s: self._column(s) for s in outer}
+        among, columns = set(offsets), self._columns(offsets)
         shared = {s: self.values.get(nodes[0]) for s, nodes in columns.items() if _is_one(nodes)}
         stacks = {s: self.values.stack(n) for s, n in columns.items() if s not in shared}
         exported = [
@@ -143,9 +140,7 @@ class _Stretches:
 
     def _one_by_one(self, chain: Sequence[int]) -> None:
         """Some offsets, from stretch to stretch."""
-        taken = dict.fromkeys(s for j in chain for s in self.repeat.sources[j])
-        outer = [s for s in taken if not (isinstance(s, Inside) and s.offset in chain)]
-        columns = {s: self._column(s) for s in outer}
+        columns = self._columns(chain)
         for k, row in enumerate(self.repeat.rows):
             known = {s: self.values.get(column[k]) for s, column in columns.items()}
             for j, value in self._compute(chain, known).items():
@@ -158,6 +153,12 @@ class _Stretches:
             inputs = [values[s] for s in self.repeat.sources[j]]
             values[Inside(j)] = _apply(self.repeat.rows[0][j], inputs)
         return {j: values[Inside(j)] for j in offsets}
+
+    def _columns(self, offsets: Sequence[int]) -> dict[Source, Sequence[Node]]:
+        """What some offsets take from elsewhere than each other, and where that is."""
+        taken = dict.fromkeys(s for j in offsets for s in self.repeat.sources[j])
+        inside = {Inside(j) for j in offsets}
+        return {s: self._column(s) for s in taken if s not in inside}
 
     def _column(self, source: Source) -> Sequence[Node]:
         """The node of every stretch."""

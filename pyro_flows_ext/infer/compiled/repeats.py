@@ -106,6 +106,7 @@ def inputs_of(node: Node) -> list[Node]:
 
 
 def is_draw(node: Node) -> bool:
+    """Whether a node takes numbers from a generator."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

@@ -51,7 +51,7 @@ def _is_standard_draw(node: Node) -> bool:
         isinstance(empty, Node)
         and empty.target is aten.empty.memory_format
         and "memory_format" not in empty.kwargs
-        and len(empty.users) == 1
+        and _is_private(empty)
     )
 
 
