@@ -1,5 +1,10 @@
-"""Every test starts from the same state: an empty parameter store, a fixed seed, one thread."""
+"""Every test starts from the same state, in any order: seeded generators, an empty parameter store, one thread.
 
+    pytest --draws 7         the same tests at other draws: a test that passes at seed 0 alone is a chance
+    pytest --shuffle 7       the same tests in another order
+"""
+
+import random
 import sys
 
 import pyro
@@ -9,11 +14,53 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--draws", type=int, default=0, help="seed of every test's generators")
+    parser.addoption("--shuffle", type=int, default=None, help="seed of the order of the tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+
+
+def pytest_collectstart(collector):
+    """Draws at import do not depend on the modules imported before."""
+    pyro.set_rng_seed(collector.config.getoption("--draws"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    """A fixture that several tests share is the same whichever of them comes first."""
+    if fixturedef.scope != "function":
+        pyro.set_rng_seed(request.config.getoption("--draws"))
+        pyro.clear_param_store()
+
+
 @pytest.fixture(autouse=True)
-def _fresh_state():
+def _fresh_state(request):
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    if (
-        "torch._dynamo" in sys.modules
-    ):  # what earlier tests compiled counts against the limit of recompilations
+    pyro.set_rng_seed(request.config.getoption("--draws"))
+    # Graphs compiled by earlier tests count against the limit of recompilations.
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    before = _global_state()
+    yield
+    after = _global_state()
+    _restore(before)
+    assert after == before, "the test left a global setting changed, which the next one would see"
+
+
+def _global_state():
+    return {
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "pyro": pyro.settings.get(),
+    }
+
+
+def _restore(state):
+    torch.set_default_dtype(state["dtype"])
+    torch.set_grad_enabled(state["gradients"])
+    pyro.settings.set(**state["pyro"])
