@@ -53,7 +53,7 @@ def make_guide(kind: str, transform: str, base_scale: float) -> AutoFlow:
 
     def flow(D: int) -> ComposeFlow:
         base = Whitening(torch.zeros(D), base_scale * torch.eye(D))
-        return ComposeFlow([base, *STEPS[transform](D, num_transforms=LAYERS, hidden_dims=HIDDEN)])
+        return ComposeFlow([base, *STEPS[transform](D, num_layers=LAYERS, hidden_dims=HIDDEN)])
 
     return AutoFlow(model, flow, **start)
 

@@ -18,9 +18,9 @@ from pyro_flows_ext.diagnostics import lipschitz_estimate, round_trip_error
 from pyro_flows_ext.transforms import nsf, realnvp, residual
 
 FLOWS = {
-    "affine": lambda: realnvp(2, num_transforms=8, hidden_dims=(64, 64)),
-    "spline": lambda: nsf(2, num_transforms=4, hidden_dims=(64, 64)),
-    "residual": lambda: residual(2, num_transforms=6, hidden_dims=(32, 32), exact_log_det=True).inv,
+    "affine": lambda: realnvp(2, num_layers=8, hidden_dims=(64, 64)),
+    "spline": lambda: nsf(2, num_layers=4, hidden_dims=(64, 64)),
+    "residual": lambda: residual(2, num_layers=6, hidden_dims=(32, 32), exact_log_det=True).inv,
 }
 MEASURES = {
     "lipschitz": "Lipschitz constant of f",

@@ -46,7 +46,7 @@ def fit(train: Tensor, test: Tensor, pad: Pad | None, steps: int, seed: int) -> 
 
     torch.manual_seed(seed)
     dim = 2 if pad is None else 2 + NUM_PAD
-    flow = realnvp(dim, num_transforms=8, hidden_dims=(64, 64), mask="alternating")
+    flow = realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="alternating")
     start = time.perf_counter()
     maximum_likelihood(flow, draw_batch, steps)
     seconds = time.perf_counter() - start

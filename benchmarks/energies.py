@@ -1,6 +1,6 @@
 """Planar flows on the test energies of Rezende & Mohamed (2015, table 1 and figure 3).
 
-    python benchmarks/energies.py --energy u1 --num-transforms 2 8 16 --seeds 3 --output out
+    python benchmarks/energies.py --energy u1 --num-layers 2 8 16 --seeds 3 --output out
 
 trains q(z) = flow(N(m, s²)) by the annealed free energy E_q[log q(z) + β U(z)] (their eq. 20), prints KL(q ‖ p) in
 nats against the known log Z, and draws every density beside the energy.
@@ -22,12 +22,12 @@ from pyro_flows_ext.distributions.energies import ENERGIES
 from pyro_flows_ext.transforms import ComposeFlow, ElementwiseAffine, planar
 
 
-def train(energy, num_transforms, steps, seed, batch=500, lr=5e-3):
-    """A planar flow of `num_transforms` layers on `energy`, and its KL from 100,000 fresh draws."""
+def train(energy, num_layers, steps, seed, batch=500, lr=5e-3):
+    """A planar flow of `num_layers` layers on `energy`, and its KL from 100,000 fresh draws."""
     torch.manual_seed(seed)
     parts = [ElementwiseAffine(2)]
-    if num_transforms:
-        parts.append(planar(2, num_transforms=num_transforms))
+    if num_layers:
+        parts.append(planar(2, num_layers=num_layers))
     flow = ComposeFlow(parts)
     base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
     q = dist.TransformedDistribution(base, [flow])
@@ -69,7 +69,7 @@ def draw(energy, densities, path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--energy", choices=sorted(ENERGIES), default="u1")
-    parser.add_argument("--num-transforms", type=int, nargs="+", default=[0, 2, 8, 16])
+    parser.add_argument("--num-layers", type=int, nargs="+", default=[0, 2, 8, 16])
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("benchmark-output"))
@@ -77,16 +77,14 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     energy = ENERGIES[options.energy]
     rows, best = [], {}
-    for num_transforms in options.num_transforms:
-        runs = [train(energy, num_transforms, options.steps, seed) for seed in range(options.seeds)]
+    for num_layers in options.num_layers:
+        runs = [train(energy, num_layers, options.steps, seed) for seed in range(options.seeds)]
         kls = [kl for _, kl, _, _ in runs]
-        best[f"K = {num_transforms}"] = min(runs, key=lambda run: run[1])[0]
+        best[f"K = {num_layers}"] = min(runs, key=lambda run: run[1])[0]
         seconds = statistics.median(run[3] for run in runs)
-        rows.append({"K": num_transforms, "kl": kls, "se": runs[0][2], "seconds": seconds})
+        rows.append({"K": num_layers, "kl": kls, "se": runs[0][2], "seconds": seconds})
         shown = ", ".join(f"{kl:.3f}" for kl in kls)
-        print(
-            f"{options.energy} K={num_transforms:<3} KL {shown} nats  {seconds:.0f} s", flush=True
-        )
+        print(f"{options.energy} K={num_layers:<3} KL {shown} nats  {seconds:.0f} s", flush=True)
     (options.output / f"{options.energy}.json").write_text(json.dumps(rows, indent=2))
     draw(energy, best, options.output / f"{options.energy}.png")
 

@@ -148,7 +148,7 @@ def in_block(share: Tensor) -> Tensor:
 def run(seed: int, data: Tensor, test: Tensor, options: Any) -> tuple[list[dict[str, Any]], dict]:
     """All arms of a seed: rows for the table, and what the figure shows."""
     make = ARCHITECTURES[options.architecture]
-    settings = {"num_levels": 3, "num_steps": options.depth, "hidden_channels": options.hidden}
+    settings = {"num_levels": 3, "num_layers": options.depth, "hidden_channels": options.hidden}
     rows, kept, flows = [], {}, {}
     chosen: dict[str, Any] = {name: static(name, data.shape[1:]) for name in STATIC}
     for name in options.arms:

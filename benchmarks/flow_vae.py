@@ -63,7 +63,7 @@ def to_logits(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def make(name: str, logits: Tensor, latent: int) -> FlowVAE | MultiScaleFlow:
     """One of the densities, its ActNorms started at the moments of the data."""
     if "flow" in name.lower():
-        flow = glow(SHAPE, num_levels=2, num_steps=2, hidden_channels=24)
+        flow = glow(SHAPE, num_levels=2, num_layers=2, hidden_channels=24)
     else:
         flow = MultiScaleFlow(SHAPE, lambda shape: Pixelwise(ActNorm(shape[0])), num_levels=1)
     flow.initialize(logits)

@@ -45,7 +45,7 @@ def train(data: Tensor, weight: float, options: argparse.Namespace, seed: int) -
     """A flow with `weight` times the penalty of nested dropout; 0 is the same flow without."""
     torch.manual_seed(seed)
     architecture = rq_nsf_image(
-        (1, 8, 8), num_levels=3, num_steps=2, hidden_channels=24, num_blocks=1
+        (1, 8, 8), num_levels=3, num_layers=2, hidden_channels=24, num_blocks=1
     )
     architecture.initialize(data)
     base = dist.Normal(torch.zeros(64), 1.0)

@@ -61,7 +61,7 @@ def _in_pyro(dim: int, transforms: list) -> Flow:
 
 def _ours(architecture: str, dim: int) -> Flow:
     options: dict = {
-        "num_transforms": ARCHITECTURES[architecture],
+        "num_layers": ARCHITECTURES[architecture],
         "hidden_dims": (HIDDEN, HIDDEN),
         "activation": nn.ReLU,
     }

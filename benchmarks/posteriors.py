@@ -50,7 +50,7 @@ STOCK: dict[str, Callable[..., Any]] = {
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoIAFNormal": lambda model: AutoIAFNormal(model, num_transforms=2),
     "AutoNormalizingFlow": lambda model: AutoNormalizingFlow(
-        model, lambda D: planar(D, num_transforms=16)
+        model, lambda D: planar(D, num_layers=16)
     ),
 }
 NUM_DRAWS, NUM_PARTICLES = 10_000, 64

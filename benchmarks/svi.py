@@ -63,8 +63,8 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
         model, partial(iterated, 8, pyro_planar)
     ),
     "iaf": AutoIAF,
-    "planar": partial(AutoPlanar, num_transforms=16),
-    "sylvester": partial(AutoSylvester, num_transforms=4),
+    "planar": partial(AutoPlanar, num_layers=16),
+    "sylvester": partial(AutoSylvester, num_layers=4),
     "nsf": AutoNSF,
     "cif": AutoCIF,
 }

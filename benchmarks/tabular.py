@@ -48,7 +48,7 @@ class Peer(Density):
 def indexed_nsf(dim: int) -> Density:
     """The spline layers with indices: p and q of two hidden layers of 50, s and t of two of 10."""
     layers = nsf(
-        dim, kind="autoregressive", num_transforms=3, linear=False, hidden_dims=(HIDDEN, HIDDEN),
+        dim, kind="autoregressive", num_layers=3, linear=False, hidden_dims=(HIDDEN, HIDDEN),
         residual=False, activation=torch.nn.ReLU, num_bins=BINS, bound=BOUND,
     )  # fmt: skip
     return ContinuouslyIndexedFlow(dist.Normal(torch.zeros(dim), 1.0), layers, 2)

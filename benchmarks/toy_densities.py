@@ -36,8 +36,8 @@ def make(name: str) -> Density:
     """The flow of 5 indexed layers, or the one of 20 plain ones."""
     base = dist.Normal(torch.zeros(2), 1.0)
     if name == "MAF-20":
-        return FlowDistribution(base, maf(2, num_transforms=20, hidden_dims=HIDDEN))
-    layers = maf(2, num_transforms=5, hidden_dims=HIDDEN)
+        return FlowDistribution(base, maf(2, num_layers=20, hidden_dims=HIDDEN))
+    layers = maf(2, num_layers=5, hidden_dims=HIDDEN)
     return ContinuouslyIndexedFlow(base, layers, 1, (10, 10), (50,) * 4)
 
 

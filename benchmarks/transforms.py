@@ -46,15 +46,15 @@ def stacked(name: str) -> dict[str, Run]:
         candidates = {
             "pyro": [stock.planar(DIM) for _ in range(LAYERS)],
             "ours": [planar(DIM) for _ in range(LAYERS)],
-            "ours, one stack": [planar(DIM, num_transforms=LAYERS)],
+            "ours, one stack": [planar(DIM, num_layers=LAYERS)],
         }
     else:
         candidates = {
             "pyro": [stock.sylvester(DIM) for _ in range(LAYERS)],
             "ours": [sylvester(DIM) for _ in range(LAYERS)],
-            "ours, one stack": [sylvester(DIM, num_transforms=LAYERS)],
+            "ours, one stack": [sylvester(DIM, num_layers=LAYERS)],
             "ours, rank 8": [sylvester(DIM, rank=8) for _ in range(LAYERS)],
-            "ours, rank 8, one stack": [sylvester(DIM, rank=8, num_transforms=LAYERS)],
+            "ours, rank 8, one stack": [sylvester(DIM, rank=8, num_layers=LAYERS)],
         }
     return {who: variational_step(transforms) for who, transforms in candidates.items()}
 

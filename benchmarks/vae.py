@@ -33,9 +33,9 @@ from pyro_flows_ext.infer.annealing import linear
 
 FLOWS: dict[str, dict[str, Any]] = {
     "Gaussian": {"flow": None},
-    "planar": {"flow": "planar", "num_transforms": 8},
-    "Sylvester": {"flow": "sylvester", "num_transforms": 4},
-    "IAF": {"flow": "iaf", "num_transforms": 2},
+    "planar": {"flow": "planar", "num_layers": 8},
+    "Sylvester": {"flow": "sylvester", "num_layers": 4},
+    "IAF": {"flow": "iaf", "num_layers": 2},
 }
 BATCH = 100
 # Steps between two looks at the validation images.

@@ -66,7 +66,7 @@ def _presets() -> dict[str, Entry]:
 
         def make(dim: int, preset: Callable = preset, **options: int) -> nn.Module:
             # The log-det of a residual flow is exact in eval mode.
-            return preset(dim, num_transforms=2, hidden_dims=_HIDDEN, **options).eval()
+            return preset(dim, num_layers=2, hidden_dims=_HIDDEN, **options).eval()
 
         # Condition numbers of layers multiply: what is .7 to one of them is less to a stack.
         entries[f"preset-{name}"] = Entry(make, [name], scale=0.3)
@@ -80,10 +80,10 @@ CATALOGUE: dict[str, Entry] = {
     **IMAGES,
     # --- plain ---
     "planar": Entry(T.planar, ["planar", "Planar"]),
-    "planar-2": Entry(lambda D: T.planar(D, num_transforms=2), ["Planar"]),
+    "planar-2": Entry(lambda D: T.planar(D, num_layers=2), ["Planar"]),
     "planar-1d": Entry(T.planar, ["Planar"], dim=1),
     "radial": Entry(T.radial, ["radial", "Radial"]),
-    "radial-2": Entry(lambda D: T.radial(D, num_transforms=2), ["Radial"]),
+    "radial-2": Entry(lambda D: T.radial(D, num_layers=2), ["Radial"]),
     "radial-1d": Entry(T.radial, ["Radial"], dim=1),
     "sylvester-orthogonal": Entry(T.sylvester, ["sylvester", "OrthogonalSylvester"]),
     "sylvester-householder": Entry(
@@ -104,7 +104,7 @@ CATALOGUE: dict[str, Entry] = {
     "compose-inverse": Entry(lambda D: _compose(D).inv, ["InverseFlow"]),
     # --- conditional ---
     "conditional-planar": conditional(
-        lambda D: T.conditional_planar(D, CONTEXT_DIM, _HIDDEN, num_transforms=2),
+        lambda D: T.conditional_planar(D, CONTEXT_DIM, _HIDDEN, num_layers=2),
         "conditional_planar",
         "ConditionalPlanar",
     ),
@@ -112,7 +112,7 @@ CATALOGUE: dict[str, Entry] = {
         lambda D: T.conditional_planar(D, CONTEXT_DIM, _HIDDEN).inv, "ConditionalPlanar"
     ),
     "conditional-radial": conditional(
-        lambda D: T.conditional_radial(D, CONTEXT_DIM, _HIDDEN, num_transforms=2),
+        lambda D: T.conditional_radial(D, CONTEXT_DIM, _HIDDEN, num_layers=2),
         "conditional_radial",
         "ConditionalRadial",
     ),

@@ -133,14 +133,14 @@ DENSITIES = {
     "flow-planar": DensityEntry(lambda: D.FlowDistribution(normal(2), T.planar(2))),
     "flow-sylvester": DensityEntry(lambda: D.FlowDistribution(normal(3), T.sylvester(3))),
     "flow-maf": DensityEntry(
-        lambda: D.FlowDistribution(normal(2), T.maf(2, num_transforms=2, hidden_dims=SMALL))
+        lambda: D.FlowDistribution(normal(2), T.maf(2, num_layers=2, hidden_dims=SMALL))
     ),
     "flow-iaf": DensityEntry(
-        lambda: D.FlowDistribution(normal(2), T.iaf(2, num_transforms=2, hidden_dims=SMALL))
+        lambda: D.FlowDistribution(normal(2), T.iaf(2, num_layers=2, hidden_dims=SMALL))
     ),
     "flow-nsf": DensityEntry(
         lambda: D.FlowDistribution(
-            normal(2), T.nsf(2, num_transforms=2, hidden_dims=SMALL, num_bins=4)
+            normal(2), T.nsf(2, num_layers=2, hidden_dims=SMALL, num_bins=4)
         ),
         scale=0.4,
     ),
@@ -178,7 +178,7 @@ DENSITIES = {
         lambda: indexed(T.affine_autoregressive(2, SMALL)), scale=0.4, reference=by_quadrature
     ),
     "indexed-realnvp": DensityEntry(
-        lambda: indexed(T.realnvp(2, num_transforms=2, hidden_dims=SMALL)), scale=0.3
+        lambda: indexed(T.realnvp(2, num_layers=2, hidden_dims=SMALL)), scale=0.3
     ),
     "indexed-nsf": DensityEntry(
         lambda: indexed(T.spline_coupling(2, SMALL, num_bins=4)), scale=0.4, reference=by_quadrature

@@ -109,7 +109,7 @@ def test_fit_writes_files_that_open(eight_schools: tuple[Path, str]) -> None:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     content = torch.load(out / "guide.pt", weights_only=True)
     assert content["target"] == "eight-schools"
-    assert content["guide"] == {"kind": "iaf", "num_transforms": 2}
+    assert content["guide"] == {"kind": "iaf", "num_layers": 2}
 
 
 def test_fit_own_model(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +242,7 @@ BAD_INPUT = {
     "no such file": (["fit", "gone.py:model"], "no file 'gone.py'"),
     "no such guide": (["fit", "u1", "--guide", "magic"], "invalid choice: 'magic'"),
     "no layers": (
-        ["fit", "u1", "--guide", "normal", "--num-transforms", "3"],
+        ["fit", "u1", "--guide", "normal", "--num-layers", "3"],
         "the guide 'normal' has no layers",
     ),
     "steps": (["fit", "u1", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),

@@ -16,7 +16,7 @@ from pyro_flows_ext.cli.density.flows import FLOWS
 from pyro_flows_ext.distributions import TOYS
 
 FILES = ["density.json", "density.pt", "loss.png", "samples.png"]
-TINY = ["--rows", 100, "--steps", 5, "--num-transforms", 1, "--particles", 3]
+TINY = ["--rows", 100, "--steps", 5, "--num-layers", 1, "--particles", 3]
 
 
 def rows_of(num: int, dim: int = 2) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_density_writes_files_that_open(tmp_path: Path, capsys: pytest.CaptureFi
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     report = json.loads((out / "density.json").read_text())
     assert report["rows"] == {"train": 80, "validation": 10, "test": 10}
-    assert (report["target"], report["flow"], report["num_transforms"]) == ("moons", "nsf", 1)
+    assert (report["target"], report["flow"], report["num_layers"]) == ("moons", "nsf", 1)
     assert report["entropy"] == TOYS["moons"].entropy
     assert torch.load(out / "density.pt", weights_only=True)["spec"]["event_shape"] == [2]
 
@@ -99,7 +99,7 @@ def test_training_helps_and_the_seed_decides(
     found = []
     for i, seed in enumerate((3, 3, 4)):
         out = tmp_path / str(i)
-        options = ["--rows", 1000, "--steps", 60, "--num-transforms", 1, "--lr", 0.03]
+        options = ["--rows", 1000, "--steps", 60, "--num-layers", 1, "--lr", 0.03]
         done = run(capsys, "density", "sign", *options, "--seed", seed, "--quiet", "--output", out)
         assert (done.code, done.out, done.err) == (0, "", "")
         report = json.loads((out / "density.json").read_text())
@@ -201,7 +201,7 @@ FINE = {
     "version": 1,
     "target": "moons",
     "columns": ["a", "b"],
-    "spec": {"flow": "nsf", "event_shape": [2], "num_transforms": 1, "dequantize": "no", "num_levels": None},
+    "spec": {"flow": "nsf", "event_shape": [2], "num_layers": 1, "dequantize": "no", "num_levels": None},
     "state": {},
 }  # fmt: skip
 BAD_FILES = {
@@ -242,7 +242,7 @@ BAD_INPUT = {
     "key of a set": (["moons", "--key", "a"], "--key and --columns with a file only"),
     "a number": (["scalar.npz"], r"expected rows \(N, D\) or images .*, got \(\)"),
     "images by rows": (["moons", "--flow", "glow"], "'glow' is of images .*, and a row here is of shape"),
-    "one layer": (["moons", "--flow", "nested-qr", "--num-transforms", 2], "'nested-qr' has one layer"),
+    "one layer": (["moons", "--flow", "nested-qr", "--num-layers", 2], "'nested-qr' has one layer"),
     "fractions": (["data.csv", "--dequantize", "uniform"], "expected whole numbers from 0 on"),
     "one dimension": (["data.csv", "--columns", "weight", "--flow", "realnvp"], "input_dim"),
     "steps": (["moons", "--steps", 0], "--steps: expected an integer of at least 1"),

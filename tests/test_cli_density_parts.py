@@ -60,7 +60,7 @@ def test_the_split_is_one() -> None:
 def test_standardized_is_a_density() -> None:
     def make() -> Standardized:
         moments = T.Standardize(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
-        flow = T.realnvp(2, num_transforms=2, hidden_dims=(6,))
+        flow = T.realnvp(2, num_layers=2, hidden_dims=(6,))
         return Standardized(FlowDistribution(normal(2), flow), moments)
 
     check_density_contract(make, scale=0.3)
@@ -84,7 +84,7 @@ def test_standardized_passes_on_the_objective() -> None:
     torch.manual_seed(0)
     torch.testing.assert_close(penalty, nested.density.penalty(moments(x)))
     assert penalty.max() > 0.1
-    plain = Standardized(FlowDistribution(normal(2), T.maf(2, num_transforms=1)), moments)
+    plain = Standardized(FlowDistribution(normal(2), T.maf(2, num_layers=1)), moments)
     assert torch.equal(plain.objective(x), plain.log_prob(x))
 
 
@@ -92,7 +92,7 @@ def test_standardized_passes_on_the_objective() -> None:
 def test_every_flow_is_saved_and_read(name: str, tmp_path: Path) -> None:
     kind = FLOWS[name]
     shape = (1, 4, 4) if kind.of_images else (3,)
-    spec = DensitySpec(name, shape, None if kind.num_transforms is None else 1)
+    spec = DensitySpec(name, shape, None if kind.num_layers is None else 1)
     rows = 5 + 2 * torch.randn(64, *shape)
     density = perturb(spec.build(rows), scale=0.1).eval()
     save_density(tmp_path / "density.pt", "mine", ("a",), spec, density)

@@ -215,7 +215,7 @@ COMPILES = {
     "AutoLowRank": Case(guided(schools, AutoLowRankMultivariateNormal)),
     "AutoIAFNormal": Case(guided(schools, AutoIAFNormal, num_transforms=2)),
     "AutoIAF": Case(guided(schools, AutoIAF)),
-    "AutoPlanar": Case(guided(schools, AutoPlanar, num_transforms=3)),
+    "AutoPlanar": Case(guided(schools, AutoPlanar, num_layers=3)),
     "arguments": Case(guided(regression, AutoMultivariateNormal), (X, Y)),
     "subsample": Case(guided(subsampled, AutoNormal)),
     "local": Case(pair(local_latents, local_guide)),

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fit_command(args: argparse.Namespace) -> None:
     with failing_with(2, ValueError, TypeError, OSError):
         target, data = load_target(args.target, args.data)
-        spec = GuideSpec(args.guide, args.num_transforms)
+        spec = GuideSpec(args.guide, args.num_layers)
         spec.build(target.model)  # to refuse impossible options before anything else happens
     with writing(args.output) as scratch:
         fitted = _train(target, data, spec, args)

@@ -43,7 +43,7 @@ reading the last lines:
 
 examples:
   pyro-flows fit eight-schools --guide iaf --steps 4000 --seed 0 --output results
-  pyro-flows fit my_model.py:model --data my_data.json --guide planar --num-transforms 8
+  pyro-flows fit my_model.py:model --data my_data.json --guide planar --num-layers 8
 """
 
 DENSITY_NOTES = """\
@@ -153,7 +153,7 @@ def _add_fit(commands: Any) -> None:
         help=f"{', '.join(GUIDES)} (default: %(default)s)",
     )
     fit.add_argument(
-        "--num-transforms",
+        "--num-layers",
         type=_at_least(1),
         metavar="K",
         help="layers of the flow (default: 2 for iaf, 4 for sylvester and nsf, 8 for realnvp, 16 for planar and radial)",
@@ -193,7 +193,7 @@ def _add_density(commands: Any) -> None:
         help=f"{', '.join(FLOWS)} (default: %(default)s)",
     )
     density.add_argument(
-        "--num-transforms",
+        "--num-layers",
         type=_at_least(1),
         metavar="K",
         help="layers of the flow, or steps a level (default: by flow)",

@@ -20,10 +20,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class GuideKind:
-    """A guide by name; `num_transforms` is its default number of layers, None where it has none."""
+    """A guide by name; `num_layers` is its default number of layers, None where it has none."""
 
     factory: Callable[..., AutoGuide]
-    num_transforms: int | None
+    num_layers: int | None
     description: str
 
 
@@ -50,18 +50,18 @@ class GuideSpec:
     """What it takes to build a guide for a model: its kind and its number of layers."""
 
     kind: str
-    num_transforms: int | None = None
+    num_layers: int | None = None
 
     def build(self, model: Callable[..., Any]) -> AutoGuide:
         """The guide, without parameters yet. Raises `ValueError` for an unknown kind and impossible options."""
         if self.kind not in GUIDES:
             raise ValueError(f"no guide {self.kind!r}: expected one of {', '.join(GUIDES)}")
         kind = GUIDES[self.kind]
-        if kind.num_transforms is None:
-            if self.num_transforms is not None:
-                raise ValueError(f"the guide {self.kind!r} has no layers: leave num_transforms out")
+        if kind.num_layers is None:
+            if self.num_layers is not None:
+                raise ValueError(f"the guide {self.kind!r} has no layers: leave num_layers out")
             return kind.factory(model)
-        return kind.factory(model, self.num_transforms or kind.num_transforms)
+        return kind.factory(model, self.num_layers or kind.num_layers)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Checkpoint:
 
 def save_guide(path: Path, target: str, spec: GuideSpec, guide: AutoGuide, data: dict) -> None:
     """Writes a trained guide, with the data that it takes to call the model again."""
-    layers = spec.num_transforms or GUIDES[spec.kind].num_transforms
+    layers = spec.num_layers or GUIDES[spec.kind].num_layers
     torch.save(
         {
             "format": FORMAT,
             "version": VERSION,
             "target": target,
-            "guide": {"kind": spec.kind, "num_transforms": layers},
+            "guide": {"kind": spec.kind, "num_layers": layers},
             "state": {name: value.detach().cpu() for name, value in guide.state_dict().items()},
             "data": data,
         },
@@ -123,14 +123,14 @@ def read_guide(path: Path) -> Checkpoint:
         isinstance(content.get("target"), str)
         and isinstance(guide, dict)
         and guide.get("kind") in list(GUIDES)
-        and isinstance(guide.get("num_transforms"), int | None)
+        and isinstance(guide.get("num_layers"), int | None)
         and all(are_tensors(content.get(key)) for key in ("state", "data"))
     )
     if not well_formed or not isinstance(guide, dict):
         raise ValueError(
             f"{str(path)!r} is not a guide that pyro-flows wrote: its entries do not fit"
         )
-    spec = GuideSpec(guide["kind"], guide["num_transforms"])
+    spec = GuideSpec(guide["kind"], guide["num_layers"])
     return Checkpoint(content["target"], spec, content["state"], content["data"])
 
 

@@ -110,7 +110,7 @@ class _Pass(nn.Module):
 
 def full_rank_planar(dim: int) -> FlowTransform:
     """Planar layers and a linear map behind them: every Gaussian, and bends of it. O(D²) parameters, any D."""
-    return ComposeFlow([Planar(dim, num_transforms=8), LULinear(dim)])
+    return ComposeFlow([Planar(dim, num_layers=8), LULinear(dim)])
 
 
 def maximise(density: LocalDensity, q: Local, num_particles: int, max_steps: int) -> Fit:

@@ -46,7 +46,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         SVI(model, guide, optim, ImportanceWeightedELBO(num_particles=10, gradient="dreg"))
 
     `base`: as in `FlowDistribution`. `transforms`: one `FlowTransform`, which makes one layer, or several, one a layer, as the
-    parts of a preset are (`maf(2, num_transforms=5)`). `index_dim`: the length of u_l. p_l and q_l are diagonal normals with
+    parts of a preset are (`maf(2, num_layers=5)`). `index_dim`: the length of u_l. p_l and q_l are diagonal normals with
     location and scale from networks of `index_hidden_dims`; s and t have `hidden_dims`. q_l sees f_l⁻¹(z_l), in which u_l
     is but a shift and a scale. s and t start at zero and p_l as q_l, so that the density starts as that of the plain flow and
     the bound is tight; the indices tell z from the start.

@@ -153,17 +153,17 @@ def realnvp_image(
     event_shape: Sequence[int],
     *,
     num_levels: int = 2,
-    num_steps: int = 4,
+    num_layers: int = 4,
     hidden_channels: int = 32,
     num_blocks: int = 2,
     factor_out: str | Sequence[Tensor] = "channel",
 ) -> MultiScaleFlow:
-    """RealNVP of images: `num_steps` affine couplings a level, by checkerboards in turn, and ActNorm behind each.
+    """RealNVP of images: `num_layers` affine couplings a level, by checkerboards in turn, and ActNorm behind each.
 
     Dinh et al. 2017 take three by checkerboard and three by channel, batch normalisation, and residual networks of 32 to 64
     channels and 4 to 8 blocks.
     """
-    level = partial(_couplings, num_steps=num_steps, hidden_dims=(hidden_channels,) * num_blocks)
+    level = partial(_couplings, num_layers=num_layers, hidden_dims=(hidden_channels,) * num_blocks)
     return MultiScaleFlow(event_shape, level, num_levels, factor_out)
 
 
@@ -171,16 +171,16 @@ def glow(
     event_shape: Sequence[int],
     *,
     num_levels: int = 2,
-    num_steps: int = 4,
+    num_layers: int = 4,
     hidden_channels: int = 32,
     num_blocks: int = 2,
     factor_out: str | Sequence[Tensor] = "channel",
 ) -> MultiScaleFlow:
-    """Glow: `num_steps` of ActNorm, 1x1 convolution and affine coupling by channel a level, after a squeeze.
+    """Glow: `num_layers` of ActNorm, 1x1 convolution and affine coupling by channel a level, after a squeeze.
 
     Kingma & Dhariwal 2018 take 3 levels of 32 steps for CIFAR-10, and networks of 512 channels.
     """
-    level = partial(_steps, AffineCoupling, num_steps, hidden_dims=(hidden_channels,) * num_blocks)
+    level = partial(_steps, AffineCoupling, num_layers, hidden_dims=(hidden_channels,) * num_blocks)
     return MultiScaleFlow(event_shape, level, num_levels, factor_out, squeeze_first=True)
 
 
@@ -188,7 +188,7 @@ def rq_nsf_image(
     event_shape: Sequence[int],
     *,
     num_levels: int = 2,
-    num_steps: int = 4,
+    num_layers: int = 4,
     hidden_channels: int = 32,
     num_blocks: int = 2,
     num_bins: int = 4,
@@ -203,7 +203,7 @@ def rq_nsf_image(
     level = partial(
         _steps,
         SplineCoupling,
-        num_steps,
+        num_layers,
         hidden_dims=(hidden_channels,) * num_blocks,
         num_bins=num_bins,
         bound=bound,
@@ -211,19 +211,19 @@ def rq_nsf_image(
     return MultiScaleFlow(event_shape, level, num_levels, factor_out, squeeze_first=True)
 
 
-def _couplings(shape: Shape, num_steps: int, hidden_dims: Sequence[int]) -> FlowTransform:
+def _couplings(shape: Shape, num_layers: int, hidden_dims: Sequence[int]) -> FlowTransform:
     """Affine couplings with checkerboards in turn."""
     parts: list[FlowTransform] = []
-    for i in range(num_steps):
+    for i in range(num_layers):
         parts.append(AffineCoupling(shape, hidden_dims, mask="checkerboard", flip=i % 2 == 1))
         parts.append(Pixelwise(ActNorm(shape[0])))
     return ComposeFlow(parts)
 
 
-def _steps(coupling: Any, num_steps: int, shape: Shape, **options: Any) -> FlowTransform:
+def _steps(coupling: Any, num_layers: int, shape: Shape, **options: Any) -> FlowTransform:
     """Glow's steps, with this kind of coupling."""
     parts: list[FlowTransform] = []
-    for _ in range(num_steps):
+    for _ in range(num_layers):
         parts.append(coupling(shape, mask="channel", **options))
         parts.append(Invertible1x1Conv(shape[0]))
         parts.append(Pixelwise(ActNorm(shape[0])))

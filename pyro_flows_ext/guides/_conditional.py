@@ -24,12 +24,12 @@ from .indexed import STEPS
 ConditionalFactory = Callable[[int, int], ConditionalTransformModule]
 
 # How many layers a named flow has unless told otherwise.
-NUM_TRANSFORMS = {"planar": 8, "sylvester": 4, "iaf": 2, "realnvp": 4, "cif": 2}
+NUM_LAYERS = {"planar": 8, "sylvester": 4, "iaf": 2, "realnvp": 4, "cif": 2}
 
 
 def conditional_flow(
     flow: str | ConditionalFactory | None,
-    num_transforms: int | None,
+    num_layers: int | None,
     hidden_dims: Sequence[int] | None,
 ) -> ConditionalFactory | None:
     """What makes a flow from (D, H): the one of that name, or the callable as it is."""
@@ -38,16 +38,14 @@ def conditional_flow(
             raise TypeError(
                 f"flow: expected a name, None or a callable from (D, H) to a conditional transform, got {flow!r}"
             )
-        if num_transforms is not None or hidden_dims is not None:
-            raise ValueError("num_transforms and hidden_dims go with a flow by name")
+        if num_layers is not None or hidden_dims is not None:
+            raise ValueError("num_layers and hidden_dims go with a flow by name")
         return flow
-    if flow not in NUM_TRANSFORMS:
-        raise ValueError(
-            f"flow: expected one of {', '.join(NUM_TRANSFORMS)}, or None; got {flow!r}"
-        )
-    if num_transforms is None:
-        num_transforms = NUM_TRANSFORMS[flow]
-    return partial(_flow, flow, num_transforms, hidden_dims)
+    if flow not in NUM_LAYERS:
+        raise ValueError(f"flow: expected one of {', '.join(NUM_LAYERS)}, or None; got {flow!r}")
+    if num_layers is None:
+        num_layers = NUM_LAYERS[flow]
+    return partial(_flow, flow, num_layers, hidden_dims)
 
 
 def placed(flow: Any, affine: ConditionalElementwiseAffine) -> ConditionalComposeFlow | IndexedFlow:
@@ -58,27 +56,25 @@ def placed(flow: Any, affine: ConditionalElementwiseAffine) -> ConditionalCompos
 
 
 def _flow(
-    name: str, num_transforms: int, hidden_dims: Sequence[int] | None, dim: int, context_dim: int
+    name: str, num_layers: int, hidden_dims: Sequence[int] | None, dim: int, context_dim: int
 ) -> Any:
     if name in ("iaf", "realnvp"):
         make = {"iaf": iaf, "realnvp": realnvp}[name]
-        return make(
-            dim, num_transforms=num_transforms, hidden_dims=hidden_dims, context_dim=context_dim
-        )
+        return make(dim, num_layers=num_layers, hidden_dims=hidden_dims, context_dim=context_dim)
     if name == "cif":
         widths = (64, 64) if hidden_dims is None else tuple(hidden_dims)
         # Steps that draw in one pass, and have several modes where affine ones are poor at those.
         steps = STEPS["nsf-ar"](
-            dim, num_transforms=num_transforms, hidden_dims=hidden_dims, context_dim=context_dim
+            dim, num_layers=num_layers, hidden_dims=hidden_dims, context_dim=context_dim
         )
         return nn.ModuleList(
             IndexedLayer(f, dim, hidden_dims=widths, context_dim=context_dim) for f in steps
         )
     hidden_dims = () if hidden_dims is None else hidden_dims  # linear in the features
     if name == "planar":
-        return conditional_planar(dim, context_dim, hidden_dims, num_transforms=num_transforms)
+        return conditional_planar(dim, context_dim, hidden_dims, num_layers=num_layers)
     # Of the three kinds the one whose Q is smooth in the features: Gram-Schmidt's jumps where a matrix turns singular, as
     # those of a curve of data do, and its gradient is infinite there.
     return conditional_sylvester(
-        dim, context_dim, hidden_dims, kind="householder", num_transforms=num_transforms
+        dim, context_dim, hidden_dims, kind="householder", num_layers=num_layers
     )

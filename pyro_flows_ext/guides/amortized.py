@@ -38,7 +38,7 @@ class AutoAmortizedFlow(PortableGuide):
 
     All latents of a datum, of whatever supports and shapes, have one joint density, exact but for "cif". `encoder`: any module
     `(N, *) -> (N, H)` that treats rows alone (batch normalisation in training mode does not); dtype and device follow its
-    output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf", "realnvp" or "cif", with `num_transforms` layers and
+    output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf", "realnvp" or "cif", with `num_layers` layers and
     parameters that are linear in h (the first two) or come from networks that see h (`hidden_dims` for other networks); a
     callable from (D, H) to a conditional transform; or None for a Gaussian. log s and m are linear in h. The guide starts at
     the mean over the data of `init_loc_fn`'s points, with scale `init_scale` and hardly a flow, the same for every datum.
@@ -82,7 +82,7 @@ class AutoAmortizedFlow(PortableGuide):
         encoder: nn.Module,
         *,
         flow: str | ConditionalFactory | None = "planar",
-        num_transforms: int | None = None,
+        num_layers: int | None = None,
         hidden_dims: Sequence[int] | None = None,
         encoder_inputs: Callable[..., Tensor] | None = None,
         plate: str | None = None,
@@ -98,7 +98,7 @@ class AutoAmortizedFlow(PortableGuide):
         if not 0 < init_scale < float("inf"):
             raise ValueError(f"init_scale: expected a positive number, got {init_scale!r}")
         super().__init__(model)
-        self._flow_factory = conditional_flow(flow, num_transforms, hidden_dims)
+        self._flow_factory = conditional_flow(flow, num_layers, hidden_dims)
         self.exact_log_prob = flow != "cif"
         self._encoder_inputs, self._plate_name = encoder_inputs, plate
         self._init_loc_fn, self._init_scale = init_loc_fn, init_scale

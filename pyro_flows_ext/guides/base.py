@@ -64,14 +64,14 @@ def networked(
 
 # What `AutoFlow(model, "name")` stands for.
 FLOWS: dict[str, FlowFactory] = {
-    "planar": partial(planar, num_transforms=16),
-    "radial": partial(radial, num_transforms=16),
-    "sylvester": partial(sylvester, num_transforms=4),
-    "realnvp": partial(realnvp, num_transforms=8),
-    "nsf": partial(networked, preset=nsf, num_transforms=4),
-    "iaf": partial(networked, preset=iaf, num_transforms=2),
-    "maf": partial(networked, preset=maf, num_transforms=2),
-    "residual": partial(residual, num_transforms=4, exact_log_det=True),
+    "planar": partial(planar, num_layers=16),
+    "radial": partial(radial, num_layers=16),
+    "sylvester": partial(sylvester, num_layers=4),
+    "realnvp": partial(realnvp, num_layers=8),
+    "nsf": partial(networked, preset=nsf, num_layers=4),
+    "iaf": partial(networked, preset=iaf, num_layers=2),
+    "maf": partial(networked, preset=maf, num_layers=2),
+    "residual": partial(residual, num_layers=4, exact_log_det=True),
 }
 
 # Draws behind `median` and `quantiles`: the 5 % quantile of a normal then has a standard error of .02 sd.

@@ -13,7 +13,7 @@ from .base import AutoFlow, FlowOptions, networked
 
 
 class AutoPlanar(AutoFlow):
-    """A guide of `num_transforms` planar layers over all latents: see `AutoFlow` and `transforms.Planar`.
+    """A guide of `num_layers` planar layers over all latents: see `AutoFlow` and `transforms.Planar`.
 
     O(KD) parameters: for many latents with few, strong dependencies.
     """
@@ -21,14 +21,14 @@ class AutoPlanar(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 16,
+        num_layers: int = 16,
         **options: Unpack[FlowOptions],
     ):
-        super().__init__(model, partial(planar, num_transforms=num_transforms), **options)
+        super().__init__(model, partial(planar, num_layers=num_layers), **options)
 
 
 class AutoRadial(AutoFlow):
-    """A guide of `num_transforms` radial layers over all latents: see `AutoFlow` and `transforms.Radial`.
+    """A guide of `num_layers` radial layers over all latents: see `AutoFlow` and `transforms.Radial`.
 
     Each layer widens or narrows the density around a point; it cannot turn or correlate, so the gain over a
     mean-field guide is small beyond a few dimensions.
@@ -37,14 +37,14 @@ class AutoRadial(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 16,
+        num_layers: int = 16,
         **options: Unpack[FlowOptions],
     ):
-        super().__init__(model, partial(radial, num_transforms=num_transforms), **options)
+        super().__init__(model, partial(radial, num_layers=num_layers), **options)
 
 
 class AutoSylvester(AutoFlow):
-    """A guide of `num_transforms` Sylvester layers over all latents: see `AutoFlow` and `transforms.sylvester`.
+    """A guide of `num_layers` Sylvester layers over all latents: see `AutoFlow` and `transforms.sylvester`.
 
     `kind` is "orthogonal", "householder" or "triangular"; `rank=None` is full rank, O(KD²) parameters; take a lower
     one beyond some hundred latents.
@@ -53,17 +53,17 @@ class AutoSylvester(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 4,
+        num_layers: int = 4,
         kind: str = "orthogonal",
         rank: int | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(sylvester, num_transforms=num_transforms, kind=kind, rank=rank)
+        flow = partial(sylvester, num_layers=num_layers, kind=kind, rank=rank)
         super().__init__(model, flow, **options)
 
 
 class AutoRealNVP(AutoFlow):
-    """A guide of `num_transforms` affine coupling layers over all latents: see `AutoFlow` and `transforms.realnvp`.
+    """A guide of `num_layers` affine coupling layers over all latents: see `AutoFlow` and `transforms.realnvp`.
 
     Draws, and scores any values, in one pass a layer. For two latents and more.
     """
@@ -71,16 +71,16 @@ class AutoRealNVP(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 8,
+        num_layers: int = 8,
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(realnvp, num_transforms=num_transforms, hidden_dims=hidden_dims)
+        flow = partial(realnvp, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
 
 
 class AutoNSF(AutoFlow):
-    """A guide of `num_transforms` spline coupling layers over all latents: see `AutoFlow` and `transforms.nsf`.
+    """A guide of `num_layers` spline coupling layers over all latents: see `AutoFlow` and `transforms.nsf`.
 
     `kind` is "coupling" or "autoregressive". The most flexible of the exact ones: several modes, sharp edges.
     """
@@ -88,7 +88,7 @@ class AutoNSF(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 4,
+        num_layers: int = 4,
         hidden_dims: Sequence[int] | None = None,
         kind: str = "coupling",
         **options: Unpack[FlowOptions],
@@ -96,7 +96,7 @@ class AutoNSF(AutoFlow):
         flow = partial(
             networked,
             preset=nsf,
-            num_transforms=num_transforms,
+            num_layers=num_layers,
             hidden_dims=hidden_dims,
             kind=kind,
         )
@@ -104,7 +104,7 @@ class AutoNSF(AutoFlow):
 
 
 class AutoIAF(AutoFlow):
-    """A guide of `num_transforms` inverse autoregressive layers over all latents: see `AutoFlow` and `transforms.iaf`.
+    """A guide of `num_layers` inverse autoregressive layers over all latents: see `AutoFlow` and `transforms.iaf`.
 
     The first choice: the best on reference posteriors, funnels among them. Draws, and scores its own draws, in one pass
     a layer; other values take sweeps.
@@ -113,18 +113,16 @@ class AutoIAF(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 2,
+        num_layers: int = 2,
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(
-            networked, preset=iaf, num_transforms=num_transforms, hidden_dims=hidden_dims
-        )
+        flow = partial(networked, preset=iaf, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
 
 
 class AutoMAF(AutoFlow):
-    """A guide of `num_transforms` masked autoregressive layers over all latents: see `AutoFlow` and `transforms.maf`.
+    """A guide of `num_layers` masked autoregressive layers over all latents: see `AutoFlow` and `transforms.maf`.
 
     Scores any values in one pass a layer; drawing takes sweeps, and so does every training step. `AutoIAF` is the
     orientation for training by the bound; this one is for guides that mostly score.
@@ -133,18 +131,16 @@ class AutoMAF(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 2,
+        num_layers: int = 2,
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(
-            networked, preset=maf, num_transforms=num_transforms, hidden_dims=hidden_dims
-        )
+        flow = partial(networked, preset=maf, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
 
 
 class AutoResidual(AutoFlow):
-    """A guide of `num_transforms` residual layers over all latents: see `AutoFlow` and `transforms.residual`.
+    """A guide of `num_layers` residual layers over all latents: see `AutoFlow` and `transforms.residual`.
 
     Its density is exact, in training too, by the Jacobian of every layer: D more passes a layer.
     """
@@ -152,11 +148,9 @@ class AutoResidual(AutoFlow):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_transforms: int = 4,
+        num_layers: int = 4,
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(
-            residual, num_transforms=num_transforms, hidden_dims=hidden_dims, exact_log_det=True
-        )
+        flow = partial(residual, num_layers=num_layers, hidden_dims=hidden_dims, exact_log_det=True)
         super().__init__(model, flow, **options)

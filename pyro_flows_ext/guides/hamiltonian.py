@@ -22,7 +22,7 @@ CHUNK = 1000
 
 
 class AutoHamiltonian(AugmentedGuide):
-    """A Hamiltonian guide: z_0 ~ N(m, s²), ρ_0 ~ N(0, mass / β_0), and `num_steps` leapfrog steps to (z_K, ρ_K).
+    """A Hamiltonian guide: z_0 ~ N(m, s²), ρ_0 ~ N(0, mass / β_0), and `num_layers` leapfrog steps to (z_K, ρ_K).
 
     The potential is that of the posterior: minus the model's log joint at constrain(loc + L z), with the Jacobian of
     `constrain`. It has to be differentiable twice, but no network has to learn its shape: the start, step sizes,
@@ -58,7 +58,7 @@ class AutoHamiltonian(AugmentedGuide):
     def __init__(
         self,
         model: Callable[..., Any],
-        num_steps: int = 5,
+        num_layers: int = 5,
         *,
         step_size: float = 0.25,
         tempering: Tempering = False,
@@ -67,7 +67,7 @@ class AutoHamiltonian(AugmentedGuide):
     ):
         factory: Any = partial(
             _make_flow,
-            num_steps=num_steps,
+            num_layers=num_layers,
             step_size=step_size,
             tempering=tempering,
             hidden_dims=tuple(reverse_hidden_dims),
@@ -116,7 +116,7 @@ class AutoHamiltonian(AugmentedGuide):
 def _make_flow(
     whitening: Whitening,
     *,
-    num_steps: int,
+    num_layers: int,
     step_size: float,
     tempering: Tempering,
     hidden_dims: Sequence[int],
@@ -124,7 +124,7 @@ def _make_flow(
     leapfrog = Leapfrog(
         ModelPotential(whitening),
         whitening.input_dim,
-        num_steps,
+        num_layers,
         step_size=step_size,
         tempering=tempering,
     )

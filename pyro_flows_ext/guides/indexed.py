@@ -128,7 +128,7 @@ def _make_layers(
     index_hidden_dims: Sequence[int],
 ) -> list[IndexedLayer]:
     if isinstance(transform, str):
-        steps = STEPS[transform](input_dim, num_transforms=num_layers, hidden_dims=hidden_dims)
+        steps = STEPS[transform](input_dim, num_layers=num_layers, hidden_dims=hidden_dims)
     else:
         steps = [transform(input_dim) for _ in range(num_layers)]
     return [IndexedLayer(f, input_dim, index_dim, index_hidden_dims) for f in steps]

@@ -13,7 +13,7 @@ from .base import FlowTransform
 
 
 class LowRankTanh(FlowTransform):
-    """y = x + B tanh(Ax + b), `num_transforms` times in a row, with AB upper triangular and (AB)_ii > -1.
+    """y = x + B tanh(Ax + b), `num_layers` times in a row, with AB upper triangular and (AB)_ii > -1.
 
     By the matrix determinant lemma det(I + B diag(h') A) = det(I + diag(h') AB), which the triangle reduces to
     log|det| = Σ_i log(1 + (AB)_ii (1 - tanh²(Ax + b)_i)).
@@ -23,10 +23,10 @@ class LowRankTanh(FlowTransform):
 
     b: Tensor
 
-    def __init__(self, input_dim: int, num_transforms: int):
+    def __init__(self, input_dim: int, num_layers: int):
         super().__init__()
         self.input_dim = check_positive("input_dim", input_dim)
-        self.num_transforms = check_positive("num_transforms", num_transforms)
+        self.num_layers = check_positive("num_layers", num_layers)
 
     def _factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
         """For each layer A `(*, M, D)` and Bᵀ `(*, M, D)`, and the diagonal of AB for all of them `(*, K, M)`."""
@@ -54,7 +54,7 @@ class LowRankTanh(FlowTransform):
         return y, -_ladj(k, hs[::-1])
 
     def extra_repr(self) -> str:
-        return f"{self.input_dim}, num_transforms={self.num_transforms}"
+        return f"{self.input_dim}, num_layers={self.num_layers}"
 
 
 def layers(stacked: Tensor, dim: int) -> Sequence[Tensor]:

@@ -30,7 +30,7 @@ class LeapfrogOptions(TypedDict, total=False):
 
 
 class Leapfrog(FlowTransform):
-    """`num_steps` leapfrog steps on x = (z, ρ), a position and its momentum of D = `latent_dim` numbers each:
+    """`num_layers` leapfrog steps on x = (z, ρ), a position and its momentum of D = `latent_dim` numbers each:
 
         ρ <- ρ - ½ ε_k ⊙ ∇U(z),    z <- z + ε_k ⊙ ρ / m,    ρ <- α_k (ρ - ½ ε_k ⊙ ∇U(z)),    k = 1, ..., K.
 
@@ -67,7 +67,7 @@ class Leapfrog(FlowTransform):
         self,
         potential: Potential,
         latent_dim: int,
-        num_steps: int = 5,
+        num_layers: int = 5,
         *,
         step_size: float = 0.1,
         tempering: Tempering = False,
@@ -79,7 +79,7 @@ class Leapfrog(FlowTransform):
         if not step_size > 0:
             raise ValueError(f"step_size: expected a positive number, got {step_size!r}")
         self.latent_dim = D = check_positive("latent_dim", latent_dim)
-        self.num_steps = K = check_positive("num_steps", num_steps)
+        self.num_layers = K = check_positive("num_layers", num_layers)
         self.input_dim = 2 * D
         self.tempering = tempering
         self.context_dim = context_dim
@@ -110,7 +110,7 @@ class Leapfrog(FlowTransform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         gradient, z, momentum = self._start("y", y)
         kicks, drifts, log_alpha = self._schedule()
-        for k in reversed(range(self.num_steps)):
+        for k in reversed(range(self.num_layers)):
             momentum = torch.addcmul(momentum, kicks[k + 1], gradient(z))
             if log_alpha is not None:
                 momentum = momentum * (-log_alpha[..., k, None]).exp()
@@ -176,8 +176,8 @@ class Leapfrog(FlowTransform):
             return F.logsigmoid(self.tempering_logit)
         if self.tempering == "quadratic":
             # 1/√β_k = 1 + (1/√β_0 - 1)(1 - k²/K²), and 1/√β_0 = √(1 + exp(-logit)).
-            k = torch.arange(self.num_steps + 1, device=self.log_step.device)
-            share = 1 - (k / self.num_steps).to(self.log_step.dtype).square()
+            k = torch.arange(self.num_layers + 1, device=self.log_step.device)
+            share = 1 - (k / self.num_layers).to(self.log_step.dtype).square()
             excess = (F.softplus(-self.tempering_logit) / 2).expm1()
             return (excess * share).log1p().diff(dim=-1)
         return None
@@ -197,7 +197,7 @@ class Leapfrog(FlowTransform):
 
     def extra_repr(self) -> str:
         tempering = f", tempering={self.tempering!r}" if self.tempering else ""
-        return f"latent_dim={self.latent_dim}, num_steps={self.num_steps}{tempering}"
+        return f"latent_dim={self.latent_dim}, num_layers={self.num_layers}{tempering}"
 
 
 def _logit(p: float) -> float:
@@ -240,38 +240,38 @@ class ConditionalLeapfrog(ContextualFlow):
         _: None,
         *,
         potential: Potential,
-        num_steps: int,
+        num_layers: int,
         context_dim: int,
         **options,
     ) -> Leapfrog:
-        return Leapfrog(potential, latent_dim, num_steps, context_dim=context_dim, **options)
+        return Leapfrog(potential, latent_dim, num_layers, context_dim=context_dim, **options)
 
     def __init__(
         self,
         potential: Potential,
         latent_dim: int,
         context_dim: int,
-        num_steps: int = 5,
+        num_layers: int = 5,
         **options: Unpack[LeapfrogOptions],
     ):
         super().__init__(
-            latent_dim, context_dim, potential=potential, num_steps=num_steps, **options
+            latent_dim, context_dim, potential=potential, num_layers=num_layers, **options
         )
 
 
 def leapfrog(
-    potential: Potential, latent_dim: int, num_steps: int = 5, **options: Unpack[LeapfrogOptions]
+    potential: Potential, latent_dim: int, num_layers: int = 5, **options: Unpack[LeapfrogOptions]
 ) -> Leapfrog:
     """Leapfrog steps on position and momentum: see `Leapfrog`."""
-    return Leapfrog(potential, latent_dim, num_steps, **options)
+    return Leapfrog(potential, latent_dim, num_layers, **options)
 
 
 def conditional_leapfrog(
     potential: Potential,
     latent_dim: int,
     context_dim: int,
-    num_steps: int = 5,
+    num_layers: int = 5,
     **options: Unpack[LeapfrogOptions],
 ) -> ConditionalLeapfrog:
     """Leapfrog steps under a potential that sees a context: see `ConditionalLeapfrog`."""
-    return ConditionalLeapfrog(potential, latent_dim, context_dim, num_steps, **options)
+    return ConditionalLeapfrog(potential, latent_dim, context_dim, num_layers, **options)

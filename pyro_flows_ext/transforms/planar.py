@@ -13,7 +13,7 @@ from .conditional import ConditionalFlow
 
 
 class Planar(LowRankTanh):
-    """y = x + û tanh(wᵀx + b), `num_transforms` times in a row.
+    """y = x + û tanh(wᵀx + b), `num_layers` times in a row.
 
     log|det| = log(1 + wᵀû (1 - tanh²(wᵀx + b))), exact; û is u corrected along w so that wᵀû > -1 for any parameter
     value (`w = 0` included), which makes every layer invertible. Starts near the identity (û ≈ 0).
@@ -28,9 +28,9 @@ class Planar(LowRankTanh):
     an exponential linear unit for their m(wᵀu): û = u wherever wᵀu >= 0, and u = 0 is the identity.
     """
 
-    def __init__(self, input_dim: int, *, num_transforms: int = 1):
-        super().__init__(input_dim, num_transforms)
-        K, D = self.num_transforms, self.input_dim
+    def __init__(self, input_dim: int, *, num_layers: int = 1):
+        super().__init__(input_dim, num_layers)
+        K, D = self.num_layers, self.input_dim
         self.w = nn.Parameter(torch.randn(K, D) / D**0.5)
         self.u = nn.Parameter(0.01 * torch.randn(K, D))
         self.b = nn.Parameter(0.1 * torch.randn(K, 1))
@@ -42,7 +42,7 @@ class Planar(LowRankTanh):
         w_square = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         k = slope_minus_one(wu)
         u_hat = torch.addcmul(u, (k - wu) / w_square, w)
-        if self.num_transforms == 1:
+        if self.num_layers == 1:
             return [w], [u_hat], k
         return w.split(1, -2), u_hat.split(1, -2), k
 
@@ -56,14 +56,14 @@ class ConditionalPlanar(ConditionalFlow):
         context_dim: int,
         hidden_dims: Sequence[int] | None = None,
         *,
-        num_transforms: int = 1,
+        num_layers: int = 1,
     ):
-        super().__init__(Planar(input_dim, num_transforms=num_transforms), context_dim, hidden_dims)
+        super().__init__(Planar(input_dim, num_layers=num_layers), context_dim, hidden_dims)
 
 
-def planar(input_dim: int, *, num_transforms: int = 1) -> Planar:
-    """A planar flow of `num_transforms` layers: see `Planar`."""
-    return Planar(input_dim, num_transforms=num_transforms)
+def planar(input_dim: int, *, num_layers: int = 1) -> Planar:
+    """A planar flow of `num_layers` layers: see `Planar`."""
+    return Planar(input_dim, num_layers=num_layers)
 
 
 def conditional_planar(
@@ -71,7 +71,7 @@ def conditional_planar(
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     *,
-    num_transforms: int = 1,
+    num_layers: int = 1,
 ) -> ConditionalPlanar:
     """A planar flow amortized over a context: see `ConditionalPlanar`."""
-    return ConditionalPlanar(input_dim, context_dim, hidden_dims, num_transforms=num_transforms)
+    return ConditionalPlanar(input_dim, context_dim, hidden_dims, num_layers=num_layers)

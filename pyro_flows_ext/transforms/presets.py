@@ -1,6 +1,6 @@
 """The flows of the field by name: stacks of transforms, ready to use.
 
-Every preset takes the dimension, then keywords: `num_transforms`, how often its step is repeated; `hidden_dims`, of the
+Every preset takes the dimension, then keywords: `num_layers`, how often its step is repeated; `hidden_dims`, of the
 networks inside; `context_dim`, and what else its transforms take. It gives a `ComposeFlow`, or with `context_dim` a
 `ConditionalComposeFlow`, whose `condition(context)` does: one module, with its layers in `flow[i]`.
 """
@@ -44,7 +44,7 @@ Layer = FlowTransform | ConditionalTransformModule
 def nice(
     input_dim: int,
     *,
-    num_transforms: int = 4,
+    num_layers: int = 4,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     **options: Any,
@@ -62,13 +62,13 @@ def nice(
         if context_dim is None
         else ConditionalElementwiseAffine(input_dim, context_dim)
     )
-    return _stack([*(make(flip=flip, **options) for flip in _flips(num_transforms)), scale])
+    return _stack([*(make(flip=flip, **options) for flip in _flips(num_layers)), scale])
 
 
 def realnvp(
     input_dim: int,
     *,
-    num_transforms: int = 8,
+    num_layers: int = 8,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     **options: Any,
@@ -79,13 +79,13 @@ def realnvp(
     `input_dim` = 1. Source: Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP.
     """
     make = _layer(AffineCoupling, ConditionalAffineCoupling, input_dim, hidden_dims, context_dim)
-    return _stack(make(flip=flip, **options) for flip in _flips(num_transforms))
+    return _stack(make(flip=flip, **options) for flip in _flips(num_layers))
 
 
 def glow_vector(
     input_dim: int,
     *,
-    num_transforms: int = 8,
+    num_layers: int = 8,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     initialize_on_first_batch: bool = False,
@@ -104,7 +104,7 @@ def glow_vector(
             LULinear(input_dim),
             ActNorm(input_dim, initialize_on_first_batch=initialize_on_first_batch),
         ]
-        for flip in _flips(num_transforms)
+        for flip in _flips(num_layers)
     ]
     return _stack(layer for step in steps for layer in step)
 
@@ -112,7 +112,7 @@ def glow_vector(
 def nsf(
     input_dim: int,
     *,
-    num_transforms: int = 4,
+    num_layers: int = 4,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     kind: str = "coupling",
@@ -135,11 +135,11 @@ def nsf(
         make = _layer(
             SplineCoupling, ConditionalSplineCoupling, input_dim, hidden_dims, context_dim
         )
-        layers = [make(flip=flip, **options) for flip in _flips(num_transforms)]
+        layers = [make(flip=flip, **options) for flip in _flips(num_layers)]
     else:
         spline = SplineAutoregressive, ConditionalSplineAutoregressive
         make = _inverse(_layer(*spline, input_dim, hidden_dims, context_dim))
-        layers = [make(order=o, **options) for o in _orders(input_dim, num_transforms)]
+        layers = [make(order=o, **options) for o in _orders(input_dim, num_layers)]
     if linear:
         layers = [part for layer in layers for part in (LULinear(input_dim), layer)][1:]
     return _stack(layers)
@@ -148,7 +148,7 @@ def nsf(
 def maf(
     input_dim: int,
     *,
-    num_transforms: int = 5,
+    num_layers: int = 5,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     **options: Any,
@@ -160,13 +160,13 @@ def maf(
     Autoregressive Flow for Density Estimation.
     """
     make = _inverse(_affine_autoregressive(input_dim, hidden_dims, context_dim))
-    return _stack(make(order=o, **options) for o in _orders(input_dim, num_transforms))
+    return _stack(make(order=o, **options) for o in _orders(input_dim, num_layers))
 
 
 def iaf(
     input_dim: int,
     *,
-    num_transforms: int = 2,
+    num_layers: int = 2,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     **options: Any,
@@ -178,13 +178,13 @@ def iaf(
     al. 2016, Improving Variational Inference with Inverse Autoregressive Flow.
     """
     make = _affine_autoregressive(input_dim, hidden_dims, context_dim)
-    return _stack(make(order=o, **options) for o in _orders(input_dim, num_transforms))
+    return _stack(make(order=o, **options) for o in _orders(input_dim, num_layers))
 
 
 def residual(
     input_dim: int,
     *,
-    num_transforms: int = 8,
+    num_layers: int = 8,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int | None = None,
     **options: Any,
@@ -198,7 +198,7 @@ def residual(
     make = _layer(ResidualFlow, ConditionalResidualFlow, input_dim, hidden_dims, context_dim)
     steps = [
         [ActNorm(input_dim), make(**options)]
-        for _ in range(check_positive("num_transforms", num_transforms))
+        for _ in range(check_positive("num_layers", num_layers))
     ]
     return _stack(layer for step in steps for layer in step)
 
@@ -240,11 +240,11 @@ def _stack(layers: Iterable[Layer]) -> Flow:
     return ComposeFlow(plain) if len(plain) == len(layers) else ConditionalComposeFlow(layers)
 
 
-def _flips(num_transforms: int) -> list[bool]:
-    return [k % 2 == 1 for k in range(check_positive("num_transforms", num_transforms))]
+def _flips(num_layers: int) -> list[bool]:
+    return [k % 2 == 1 for k in range(check_positive("num_layers", num_layers))]
 
 
-def _orders(input_dim: int, num_transforms: int) -> list[list[int]]:
+def _orders(input_dim: int, num_layers: int) -> list[list[int]]:
     """Forwards and backwards in turn: what is last in one layer, and sees everything, is first in the next."""
     forwards = list(range(input_dim))
-    return [forwards[::-1] if flip else forwards for flip in _flips(num_transforms)]
+    return [forwards[::-1] if flip else forwards for flip in _flips(num_layers)]

@@ -18,7 +18,7 @@ MIN_ALPHA = 1e-3
 
 
 class Radial(FlowTransform):
-    """y = x + β (x - x₀) / (α + r) with r = ‖x - x₀‖, `num_transforms` times in a row.
+    """y = x + β (x - x₀) / (α + r) with r = ‖x - x₀‖, `num_layers` times in a row.
 
     log|det| = (D - 1) log(1 + β h) + log(1 + β α h²) with h = 1 / (α + r), exact. α > 0 and β > -α hold for any
     parameter value, so every layer is invertible. Starts near the identity (β ≈ 0).
@@ -31,10 +31,10 @@ class Radial(FlowTransform):
     Source: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows, eq. 14 and app. A.2.
     """
 
-    def __init__(self, input_dim: int, *, num_transforms: int = 1):
+    def __init__(self, input_dim: int, *, num_layers: int = 1):
         super().__init__()
         self.input_dim = D = check_positive("input_dim", input_dim)
-        self.num_transforms = K = check_positive("num_transforms", num_transforms)
+        self.num_layers = K = check_positive("num_layers", num_layers)
         self.x0 = nn.Parameter(torch.randn(K, D))
         # α near √D, the radius at which a standard normal lives.
         self.alpha_raw = nn.Parameter(D**0.5 + 0.1 * torch.randn(K))
@@ -82,7 +82,7 @@ class Radial(FlowTransform):
         return (self.input_dim - 1) * tangential + torch.log1p(beta * alpha * h * h)
 
     def extra_repr(self) -> str:
-        return f"{self.input_dim}, num_transforms={self.num_transforms}"
+        return f"{self.input_dim}, num_layers={self.num_layers}"
 
 
 def _safe_sqrt(square: Tensor) -> Tensor:
@@ -104,14 +104,14 @@ class ConditionalRadial(ConditionalFlow):
         context_dim: int,
         hidden_dims: Sequence[int] | None = None,
         *,
-        num_transforms: int = 1,
+        num_layers: int = 1,
     ):
-        super().__init__(Radial(input_dim, num_transforms=num_transforms), context_dim, hidden_dims)
+        super().__init__(Radial(input_dim, num_layers=num_layers), context_dim, hidden_dims)
 
 
-def radial(input_dim: int, *, num_transforms: int = 1) -> Radial:
-    """A radial flow of `num_transforms` layers: see `Radial`."""
-    return Radial(input_dim, num_transforms=num_transforms)
+def radial(input_dim: int, *, num_layers: int = 1) -> Radial:
+    """A radial flow of `num_layers` layers: see `Radial`."""
+    return Radial(input_dim, num_layers=num_layers)
 
 
 def conditional_radial(
@@ -119,7 +119,7 @@ def conditional_radial(
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     *,
-    num_transforms: int = 1,
+    num_layers: int = 1,
 ) -> ConditionalRadial:
     """A radial flow amortized over a context: see `ConditionalRadial`."""
-    return ConditionalRadial(input_dim, context_dim, hidden_dims, num_transforms=num_transforms)
+    return ConditionalRadial(input_dim, context_dim, hidden_dims, num_layers=num_layers)

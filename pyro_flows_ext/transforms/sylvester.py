@@ -14,7 +14,7 @@ from .conditional import ConditionalFlow
 
 
 class Sylvester(LowRankTanh):
-    """y = x + Q R tanh(R̃ Qᵀx + b), `num_transforms` times in a row: what the three kinds share.
+    """y = x + Q R tanh(R̃ Qᵀx + b), `num_layers` times in a row: what the three kinds share.
 
     log|det| = Σ_i log(1 + R_ii R̃_ii (1 - tanh²(R̃Qᵀx + b)_i)), exact. Q `(D, M)` has orthonormal columns; R and R̃
     are upper triangular, and the tanh on both diagonals keeps R_ii R̃_ii > -1 for any parameter value. Starts near
@@ -33,12 +33,12 @@ class Sylvester(LowRankTanh):
 
     kind = ""
 
-    def __init__(self, input_dim: int, *, rank: int | None = None, num_transforms: int = 1):
-        super().__init__(input_dim, num_transforms)
+    def __init__(self, input_dim: int, *, rank: int | None = None, num_layers: int = 1):
+        super().__init__(input_dim, num_layers)
         self.rank = M = check_positive("rank", input_dim if rank is None else rank)
         if input_dim < M:
             raise ValueError(f"rank: expected at most input_dim = {input_dim}, got {M}")
-        K = self.num_transforms
+        K = self.num_layers
         scale = 0.01 * torch.ones(M, M).triu() + 0.1 * torch.ones(M, M).tril(-1)
         self.r = nn.Parameter(scale * torch.randn(K, M, M) / M**0.5)
         self.r_tilde_diag = nn.Parameter(torch.ones(K, M))
@@ -57,7 +57,7 @@ class Sylvester(LowRankTanh):
         return layers(R_tilde @ Q.mT, -3), layers((Q @ R).mT, -3), k
 
     def extra_repr(self) -> str:
-        return f"{self.input_dim}, rank={self.rank}, num_transforms={self.num_transforms}"
+        return f"{self.input_dim}, rank={self.rank}, num_layers={self.num_layers}"
 
 
 def _triangular(raw: Tensor, diagonal: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ class OrthogonalSylvester(Sylvester):
 
     kind = "orthogonal"
 
-    def __init__(self, input_dim: int, *, rank: int | None = None, num_transforms: int = 1):
-        super().__init__(input_dim, rank=rank, num_transforms=num_transforms)
-        self.q = nn.Parameter(torch.randn(self.num_transforms, self.input_dim, self.rank))
+    def __init__(self, input_dim: int, *, rank: int | None = None, num_layers: int = 1):
+        super().__init__(input_dim, rank=rank, num_layers=num_layers)
+        self.q = nn.Parameter(torch.randn(self.num_layers, self.input_dim, self.rank))
 
     def _q(self) -> Tensor:
         return orthonormal_columns(self.q)
@@ -96,15 +96,13 @@ class HouseholderSylvester(Sylvester):
         *,
         rank: int | None = None,
         num_reflections: int | None = None,
-        num_transforms: int = 1,
+        num_layers: int = 1,
     ):
-        super().__init__(input_dim, rank=rank, num_transforms=num_transforms)
+        super().__init__(input_dim, rank=rank, num_layers=num_layers)
         if num_reflections is None:
             num_reflections = min(self.input_dim, 8)
         self.num_reflections = check_positive("num_reflections", num_reflections)
-        self.v = nn.Parameter(
-            torch.randn(self.num_transforms, self.num_reflections, self.input_dim)
-        )
+        self.v = nn.Parameter(torch.randn(self.num_layers, self.num_reflections, self.input_dim))
 
     def _q(self) -> Tensor:
         return householder_columns(self.v, self.rank)
@@ -126,16 +124,16 @@ class TriangularSylvester(Sylvester):
         input_dim: int,
         *,
         rank: int | None = None,
-        num_transforms: int = 1,
+        num_layers: int = 1,
         flip: bool = False,
     ):
-        super().__init__(input_dim, rank=rank, num_transforms=num_transforms)
+        super().__init__(input_dim, rank=rank, num_layers=num_layers)
         self.flip = flip
 
     def _q(self) -> Tensor:
         eye = torch.eye(self.input_dim, dtype=self.b.dtype, device=self.b.device)
         both = torch.stack([eye, eye.flip(0)])[..., : self.rank]
-        layer = torch.arange(self.num_transforms, device=self.b.device)
+        layer = torch.arange(self.num_layers, device=self.b.device)
         return both[(layer + self.flip) % 2]
 
     def extra_repr(self) -> str:
@@ -158,10 +156,10 @@ class ConditionalSylvester(ConditionalFlow):
         hidden_dims: Sequence[int] | None = None,
         *,
         rank: int | None = None,
-        num_transforms: int = 1,
+        num_layers: int = 1,
         **options: int,
     ):
-        transform = self.base(input_dim, rank=rank, num_transforms=num_transforms, **options)
+        transform = self.base(input_dim, rank=rank, num_layers=num_layers, **options)
         super().__init__(transform, context_dim, hidden_dims)
 
 
@@ -209,15 +207,15 @@ def sylvester(
     kind: str = "orthogonal",
     rank: int | None = None,
     num_reflections: int | None = None,
-    num_transforms: int = 1,
+    num_layers: int = 1,
 ) -> Sylvester:
-    """A Sylvester flow of `num_transforms` layers; `kind` is "orthogonal", "householder" or "triangular".
+    """A Sylvester flow of `num_layers` layers; `kind` is "orthogonal", "householder" or "triangular".
 
     `rank=None` is full rank; `num_reflections` goes with kind "householder" alone. See `Sylvester`.
     """
     cls, _ = _look_up(kind)
     options = _options(kind, num_reflections)
-    return cls(input_dim, rank=rank, num_transforms=num_transforms, **options)
+    return cls(input_dim, rank=rank, num_layers=num_layers, **options)
 
 
 def conditional_sylvester(
@@ -228,14 +226,12 @@ def conditional_sylvester(
     kind: str = "orthogonal",
     rank: int | None = None,
     num_reflections: int | None = None,
-    num_transforms: int = 1,
+    num_layers: int = 1,
 ) -> ConditionalSylvester:
     """A Sylvester flow amortized over a context: see `sylvester` for the keywords and `ConditionalSylvester`."""
     _, cls = _look_up(kind)
     options = _options(kind, num_reflections)
-    return cls(
-        input_dim, context_dim, hidden_dims, rank=rank, num_transforms=num_transforms, **options
-    )
+    return cls(input_dim, context_dim, hidden_dims, rank=rank, num_layers=num_layers, **options)
 
 
 def _look_up(kind: str) -> tuple[type[Sylvester], type[ConditionalSylvester]]:

@@ -178,7 +178,7 @@ def test_evidence_of_a_model(start):
     elif start == "auto":
         guide = AutoMultivariateNormal(poisson, init_scale=0.5)
     elif start == "flow":
-        guide = AutoPlanar(poisson, num_transforms=2, init_scale=0.5)
+        guide = AutoPlanar(poisson, num_layers=2, init_scale=0.5)
     result = log_evidence_ais(poisson, guide=guide, num_chains=64, num_steps=40, num_leapfrog=3)
     assert result.log_evidence.shape == ()
     error = result.log_evidence.item() - poisson_evidence()

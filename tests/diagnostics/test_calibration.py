@@ -190,7 +190,7 @@ def test_ties_are_broken_at_random():
 
 def test_an_amortized_flow_and_keywords():
     """Data by keyword; the guide's auxiliary latent has no rank."""
-    guide = AutoAmortizedFlow(local, nn.Linear(2, 3), flow="planar", num_transforms=1)
+    guide = AutoAmortizedFlow(local, nn.Linear(2, 3), flow="planar", num_layers=1)
     guide.setup(x=X)
     result = simulation_based_calibration(
         local, guide, model_kwargs={"x": X}, num_simulations=3, num_draws=19

@@ -150,7 +150,7 @@ def test_amortized_flow_under_a_subsampled_plate():
             pyro.sample("x", dist.Normal(z @ W.T.float(), noise).to_event(1), obs=x[index])
 
     x = X.float()
-    guide = AutoAmortizedFlow(local, nn.Linear(3, 4), flow="planar", num_transforms=2)
+    guide = AutoAmortizedFlow(local, nn.Linear(3, 4), flow="planar", num_layers=2)
     guide.setup(x, 8)
     options = {**FEW, "max_steps": 20, "ais_steps": 3}
     result = gaps(local, guide, x, 8, **options)

@@ -109,7 +109,7 @@ def test_a_planar_layer_varies_by_row() -> None:
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
 def test_rows_are_looked_at_one_by_one(batch: tuple[int, ...]) -> None:
-    transform = realnvp(3, num_transforms=4, hidden_dims=(8,)).double()
+    transform = realnvp(3, num_layers=4, hidden_dims=(8,)).double()
     for parameter in transform.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(*batch, 3, dtype=torch.float64)
@@ -235,7 +235,7 @@ def test_rows_that_overflow_spoil_no_others() -> None:
 @any_diagnostic
 def test_training_mode_is_left_and_restored(diagnostic) -> None:
     batchnorm, actnorm = BatchNorm(2), ActNorm(2, initialize_on_first_batch=True)
-    transform = ComposeFlow([batchnorm, actnorm.eval(), residual(2, num_transforms=1)])
+    transform = ComposeFlow([batchnorm, actnorm.eval(), residual(2, num_layers=1)])
     modes = [module.training for module in transform.modules()]
     before = {name: value.clone() for name, value in transform.state_dict().items()}
     diagnostic(transform, torch.randn(5, 2))
@@ -249,7 +249,7 @@ def test_training_mode_is_left_and_restored(diagnostic) -> None:
 
 @any_diagnostic
 def test_the_mode_is_restored_after_an_error(diagnostic) -> None:
-    transform = realnvp(3, num_transforms=1)
+    transform = realnvp(3, num_layers=1)
     with pytest.raises(ValueError):
         diagnostic(transform, torch.randn(5, 4))
     assert transform.training
@@ -257,7 +257,7 @@ def test_the_mode_is_restored_after_an_error(diagnostic) -> None:
 
 @pytest.mark.parametrize("diagnostic", [jacobian_condition_number, round_trip_error])
 def test_no_graph_comes_back(diagnostic) -> None:
-    transform = realnvp(2, num_transforms=2)
+    transform = realnvp(2, num_layers=2)
     result = diagnostic(transform, torch.randn(3, 2, requires_grad=True))
     assert not result.requires_grad
     assert all(parameter.grad is None for parameter in transform.parameters())
@@ -273,7 +273,7 @@ def test_refusals(diagnostic) -> None:
     with pytest.raises(TypeError, match="expected a FlowTransform, got a Linear"):
         diagnostic(nn.Linear(2, 2), torch.randn(3, 2))
     with pytest.raises(ValueError, match="event dimensions"):
-        diagnostic(realnvp(2, num_transforms=1), torch.tensor(1.0))
+        diagnostic(realnvp(2, num_layers=1), torch.tensor(1.0))
     transform = conditional.condition(torch.randn(4, 1))
     with pytest.raises(RuntimeError, match=r"Shape mismatch|broadcast"):
         diagnostic(transform, torch.randn(3, 2))
@@ -293,7 +293,7 @@ def test_jacobians_that_are_not_square(diagnostic) -> None:
 
 
 def test_no_rows() -> None:
-    transform, x = realnvp(2, num_transforms=1), torch.zeros(0, 2)
+    transform, x = realnvp(2, num_layers=1), torch.zeros(0, 2)
     assert jacobian_condition_number(transform, x).shape == (0,)
     assert round_trip_error(transform, x).shape == (0,)
     with pytest.raises(ValueError, match="at least one row"):

@@ -15,9 +15,9 @@ from pyro_flows_ext.testing import perturb
 
 HIDDEN = (6,)
 INNER = {
-    "maf": lambda D: T.maf(D, num_transforms=2, hidden_dims=HIDDEN),
-    "realnvp": lambda D: T.realnvp(D, num_transforms=2, hidden_dims=HIDDEN),
-    "nsf": lambda D: T.nsf(D, num_transforms=2, hidden_dims=HIDDEN, num_bins=4, linear=False),
+    "maf": lambda D: T.maf(D, num_layers=2, hidden_dims=HIDDEN),
+    "realnvp": lambda D: T.realnvp(D, num_layers=2, hidden_dims=HIDDEN),
+    "nsf": lambda D: T.nsf(D, num_layers=2, hidden_dims=HIDDEN, num_bins=4, linear=False),
     "residual": lambda D: [T.residual_flow(D, HIDDEN).eval() for _ in range(2)],
     "planar": lambda D: [T.planar(D), T.planar(D).inv],
 }

@@ -31,9 +31,9 @@ def by_autograd(density, x):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: T.planar(2, num_transforms=2),
+        lambda: T.planar(2, num_layers=2),
         lambda: T.sylvester(2),
-        lambda: T.iaf(2, num_transforms=2, hidden_dims=(5,)),
+        lambda: T.iaf(2, num_layers=2, hidden_dims=(5,)),
     ],
     ids=["planar", "sylvester", "iaf"],
 )
@@ -123,7 +123,7 @@ def test_a_module_as_base_is_saved():
 def conditional():
     density = FlowDistribution(
         normal(2),
-        [T.conditional_planar(2, CONTEXT_DIM, (5,)), T.nsf(2, num_transforms=1, hidden_dims=(5,))],
+        [T.conditional_planar(2, CONTEXT_DIM, (5,)), T.nsf(2, num_layers=1, hidden_dims=(5,))],
     )
     return perturb(density).double()
 

@@ -90,7 +90,7 @@ def test_default_networks_have_a_gradient_from_the_start_and_train():
     torch.manual_seed(0)
     _, exact = factor_model()
     x = exact.sample((200,)).float()
-    flow = FlowVAE(nsf(2, num_transforms=1), 2, 1, hidden_dims=(16,))
+    flow = FlowVAE(nsf(2, num_layers=1), 2, 1, hidden_dims=(16,))
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
     values = []
     for _ in range(200):

@@ -12,7 +12,7 @@ from pyro_flows_ext.distributions.multiscale import (
 from pyro_flows_ext.transforms import Pixelwise, affine_coupling, residual_flow
 
 MAKERS = {"realnvp": realnvp_image, "glow": glow, "rq-nsf": rq_nsf_image}
-SMALL = {"hidden_channels": 4, "num_steps": 2, "num_blocks": 1}
+SMALL = {"hidden_channels": 4, "num_layers": 2, "num_blocks": 1}
 
 
 def perturbed(flow):

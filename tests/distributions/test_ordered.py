@@ -22,7 +22,7 @@ D = 3
 
 def make(**options):
     base = dist.Normal(torch.zeros(D), 1.0)
-    return perturb(NestedDropoutFlow(base, realnvp(D, num_transforms=2), **options).double())
+    return perturb(NestedDropoutFlow(base, realnvp(D, num_layers=2), **options).double())
 
 
 def data(num=20):

@@ -23,9 +23,9 @@ def model(y=Y):
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
-def perturbed(num_steps=2, scale=0.3, program=model, args=(Y,), **options):
+def perturbed(num_layers=2, scale=0.3, program=model, args=(Y,), **options):
     """A guide whose parameters are anywhere."""
-    guide = AutoHamiltonian(program, num_steps, **{"step_size": 0.3, "init_scale": 0.5, **options})
+    guide = AutoHamiltonian(program, num_layers, **{"step_size": 0.3, "init_scale": 0.5, **options})
     guide.setup(*args)
     perturb(guide.transform, scale=scale)
     return guide
@@ -97,10 +97,10 @@ def closed_form(guide):
     return total + expected_normal(right - W @ left, W @ loc - c, spread.square().diag())
 
 
-def linear_guide(num_steps, **options):
+def linear_guide(num_layers, **options):
     """A guide for `linear_gaussian` whose r has a constant scale: everything is normal."""
     guide = perturbed(
-        num_steps, program=linear_gaussian, args=(), reverse_hidden_dims=(), **options
+        num_layers, program=linear_gaussian, args=(), reverse_hidden_dims=(), **options
     )
     with torch.no_grad():
         guide.transform.reverse_net[0].weight[2:].zero_()
@@ -110,7 +110,7 @@ def linear_guide(num_steps, **options):
 
 def tempers(leapfrog):
     if not leapfrog.tempering:
-        return torch.ones(leapfrog.num_steps, dtype=torch.float64)
+        return torch.ones(leapfrog.num_layers, dtype=torch.float64)
     return leapfrog._log_alpha().exp()
 
 

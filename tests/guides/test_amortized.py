@@ -199,7 +199,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_every_loss_moves_every_parameter(loss):
     x = simulate(8)
-    guide = AutoAmortizedFlow(several, make_encoder(), num_transforms=2)
+    guide = AutoAmortizedFlow(several, make_encoder(), num_layers=2)
     guide.setup(x)
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     svi = SVI(several, guide, pyro.optim.Adam({"lr": 0.01}), loss())

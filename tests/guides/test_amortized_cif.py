@@ -89,7 +89,7 @@ def one_latent(x):
 def test_the_density_of_every_datum_and_its_bound_by_integration():
     """Over a grid of z and u: q(z, u) and r(u | z) have mass one, and the bound has q(z) = ∫ q(z, u) du for mean."""
     x = simulate(3, torch.float64)
-    guide = perturbed(one_latent, x, **CIF, num_transforms=1, init_scale=1.0)
+    guide = perturbed(one_latent, x, **CIF, num_layers=1, init_scale=1.0)
     z, u = (torch.linspace(-20, 20, n, dtype=torch.float64) for n in (401, 801))
     grid = torch.stack(torch.meshgrid(z, u, indexing="ij"), -1).unsqueeze(-2).expand(-1, -1, 3, -1)
     joint, reverse = (t.exp() for t in terms(at(guide, grid, x)))
@@ -248,8 +248,8 @@ def test_what_has_no_density_says_what_has():
         guide.log_prob_bound(samples, x[:2])
     with pytest.raises(ValueError, match="num_particles: expected a positive integer"):
         guide.log_prob_bound(samples, x, num_particles=0)
-    with pytest.raises(ValueError, match="num_transforms: expected a positive integer"):
-        AutoAmortizedFlow(linear, encoder(), flow="cif", num_transforms=0).setup(x)
+    with pytest.raises(ValueError, match="num_layers: expected a positive integer"):
+        AutoAmortizedFlow(linear, encoder(), flow="cif", num_layers=0).setup(x)
     exact = perturbed(linear, x, flow="realnvp", dtype=torch.float32)
     assert exact.exact_log_prob
     torch.testing.assert_close(exact.log_prob_bound(samples, x), exact.log_prob(samples, x))

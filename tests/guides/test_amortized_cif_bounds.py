@@ -125,7 +125,7 @@ def test_every_loss_moves_every_parameter(loss):
 def test_path_gradients_are_those_of_the_bound():
     """On average over particles: STL leaves out what has mean zero."""
     x = simulate(3, torch.float64)
-    guide = perturbed(linear, x, **CIF, num_transforms=1)
+    guide = perturbed(linear, x, **CIF, num_layers=1)
     gradients = []
     for elbo in (
         Trace_ELBO(4000, vectorize_particles=True, max_plate_nesting=1),

@@ -138,11 +138,11 @@ ARGUMENTS = {
     "encoder": (lambda: AutoAmortizedFlow(linear, torch.tanh), TypeError, "encoder: expected"),
     "name": (lambda: make(flow="spiral"), ValueError, "expected one of planar"),
     "type": (lambda: make(flow=3), TypeError, "flow: expected a name, None or a callable"),
-    "options": (lambda: make(flow=None, num_transforms=2), ValueError, "go with a flow by name"),
+    "options": (lambda: make(flow=None, num_layers=2), ValueError, "go with a flow by name"),
     "scale": (lambda: make(init_scale=0.0), ValueError, "init_scale"),
     "inputs": (lambda: make(encoder_inputs="x"), TypeError, "encoder_inputs: expected a function"),
     "not-set-up": (lambda: make().log_prob({}, X), ValueError, "call guide.setup"),
-    "layers": (lambda: make(num_transforms=0).setup(X), ValueError, "num_transforms"),
+    "layers": (lambda: make(num_layers=0).setup(X), ValueError, "num_layers"),
     "no-flow": (lambda: make(flow=lambda d, h: nn.Linear(d, h)).setup(X), TypeError, "parts"),
     "dimension": (lambda: make(flow=lambda d, h: planar(d + 1)).setup(X), ValueError, "shape"),
     "one-dimension": (
@@ -212,6 +212,6 @@ def test_guides_over_all_latents_name_it():
 
 def test_a_flow_that_sees_no_context_is_one():
     """A flow of its own, the same for every datum, is placed by the datum."""
-    guide = make(flow=lambda d, h: realnvp(d, num_transforms=2))
+    guide = make(flow=lambda d, h: realnvp(d, num_layers=2))
     guide.setup(X)
     assert guide.log_prob(guide.sample_posterior(3, X), X).shape == (3, 6)

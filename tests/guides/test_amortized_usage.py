@@ -24,7 +24,7 @@ from pyro_flows_ext.transforms import ComposeFlow, conditional_radial
 @pytest.mark.parametrize("flow", FLOWS.values(), ids=FLOWS)
 def test_training_finds_the_posterior_of_every_datum(flow):
     x = simulate(60)
-    guide = AutoAmortizedFlow(linear, encoder(), flow=flow, num_transforms=flow and 2)
+    guide = AutoAmortizedFlow(linear, encoder(), flow=flow, num_layers=flow and 2)
     options = {"num_steps": 250, "lr": 0.05, "num_particles": 4, "progress": False, "seed": 0}
     fit(linear, guide, x, model_kwargs={"size": 20}, **options)
     for data, tolerance in ((x, 0.12), (simulate(30), 0.2)):  # the second never seen
@@ -169,7 +169,7 @@ def test_a_pyro_module_and_a_frozen_encoder_train_what_they_should():
     frozen = encoder().eval().requires_grad_(False)
     for network, moves in ((layers, True), (frozen, False)):
         pyro.clear_param_store()
-        guide = AutoAmortizedFlow(linear, network, flow="planar", num_transforms=1)
+        guide = AutoAmortizedFlow(linear, network, flow="planar", num_layers=1)
         guide.setup(x)
         before = [p.detach().clone() for p in network.parameters()]
         fit(linear, guide, x, num_steps=3, num_particles=2, progress=False)
@@ -211,7 +211,7 @@ def test_copies_and_files_leave_the_original_usable():
 
 def test_a_guide_from_a_file_of_a_subsample():
     x = simulate(8)
-    drawn, given = (AutoAmortizedFlow(linear, encoder(), num_transforms=1) for _ in range(2))
+    drawn, given = (AutoAmortizedFlow(linear, encoder(), num_layers=1) for _ in range(2))
     drawn.setup(x, size=3)
     given.setup(x, index=torch.tensor([4, 2]))
     drawn, given = (pickle.loads(pickle.dumps(guide)) for guide in (drawn, given))
@@ -239,7 +239,7 @@ def test_state_dict_round_trip_loads_with_weights_only():
 @pytest.mark.parametrize("make", [encoder, lambda: PyroModule[nn.Linear](3, 4)], ids=["nn", "pyro"])
 def test_a_second_guide_is_refused_until_the_store_is_cleared(make):
     x = simulate(5)
-    first, second = (AutoAmortizedFlow(linear, make(), num_transforms=1) for _ in range(2))
+    first, second = (AutoAmortizedFlow(linear, make(), num_layers=1) for _ in range(2))
     first(x)
     with pytest.raises(ValueError, match="already holds 'AutoAmortizedFlow' parameters"):
         second.setup(x)

@@ -112,7 +112,7 @@ def test_bad_arguments(make, error, message):
 
 
 def test_flows_by_name_and_by_factory():
-    for flow in ("planar", "radial", "sylvester", lambda d: planar(d, num_transforms=2)):
+    for flow in ("planar", "radial", "sylvester", lambda d: planar(d, num_layers=2)):
         pyro.clear_param_store()
         guide = AutoFlow(model, flow)
         guide.setup(Y)

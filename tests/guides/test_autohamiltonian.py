@@ -221,7 +221,7 @@ def test_the_exact_density_is_refused_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, "num_steps"),
+        ({"num_layers": 0}, "num_layers"),
         ({"step_size": -0.1}, "step_size"),
         ({"tempering": "slow"}, "tempering"),
         ({"init_scale": 0.0}, "init_scale"),

@@ -22,8 +22,8 @@ def on_a_surface(num, seed):
     return across.tanh() + 0.5 * across.sin() + 0.1 * torch.randn(num, 4, generator=generator)
 
 
-def flow_vae(num_transforms=2):
-    flow = T.nsf(4, num_transforms=num_transforms, hidden_dims=(16,))
+def flow_vae(num_layers=2):
+    flow = T.nsf(4, num_layers=num_layers, hidden_dims=(16,))
     return FlowVAE(flow, 4, 2, hidden_dims=(32,))
 
 

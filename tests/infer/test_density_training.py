@@ -62,9 +62,9 @@ def test_a_linear_flow_reaches_the_likelihood_of_the_moments():
 
 
 DENSITIES = {
-    "flow": lambda: FlowDistribution(normal(), T.nsf(2, num_transforms=2, hidden_dims=(8,))),
+    "flow": lambda: FlowDistribution(normal(), T.nsf(2, num_layers=2, hidden_dims=(8,))),
     "indexed": lambda: ContinuouslyIndexedFlow(
-        normal(), T.maf(2, num_transforms=2, hidden_dims=(8,)), 1, (5,), (8,)
+        normal(), T.maf(2, num_layers=2, hidden_dims=(8,)), 1, (5,), (8,)
     ),
     "nested": lambda: NestedDropoutFlow(normal(), T.QRLinear(2)),
 }
@@ -281,7 +281,7 @@ def test_what_is_no_density():
     fixed.requires_grad_(False)
     with pytest.raises(ValueError, match="parameters to train"):
         quick(fixed, rows(20))
-    conditional = FlowDistribution(normal(), T.nsf(2, num_transforms=1, context_dim=1))
+    conditional = FlowDistribution(normal(), T.nsf(2, num_layers=1, context_dim=1))
     with pytest.raises(ValueError, match=r"call condition\(context\) first"):
         quick(conditional, rows(20))
 

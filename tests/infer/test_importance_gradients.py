@@ -252,8 +252,8 @@ FLOWS = {
     "radial": "radial",
     "iaf": lambda D: iaf(D),
     "spline-iaf": lambda D: spline_autoregressive(D, [8]),
-    "realnvp": lambda D: realnvp(D, num_transforms=2),
-    "maf": lambda D: maf(D, num_transforms=2),
+    "realnvp": lambda D: realnvp(D, num_layers=2),
+    "maf": lambda D: maf(D, num_layers=2),
 }
 
 

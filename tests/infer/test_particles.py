@@ -86,7 +86,7 @@ def _list_of_guides(model):
 
 def _estimated_residual(model):
     # In training mode every log-det is a random estimate.
-    return AutoFlow(model, lambda dim: residual(dim, num_transforms=1))
+    return AutoFlow(model, lambda dim: residual(dim, num_layers=1))
 
 
 GUIDES = [

@@ -52,7 +52,7 @@ def wide(dim=200):
 
 
 def target_of(model, *args, **options):
-    guide = AutoPlanar(model, num_transforms=1)
+    guide = AutoPlanar(model, num_layers=1)
     guide.setup(*args)
     return LogDensity(model, guide._sites(), args, **options)
 
@@ -168,7 +168,7 @@ def test_elbo_of_the_exact_posterior_is_the_evidence():
 
 def begun(model, *args, seed=0):
     pyro.set_rng_seed(seed)
-    guide = AutoSylvester(model, num_transforms=1)
+    guide = AutoSylvester(model, num_layers=1)
     return warm_start(model, guide, *args), guide
 
 
@@ -236,13 +236,13 @@ def test_a_guide_that_cannot_be_whitened_is_refused():
 
 def test_fit_starts_new_guides_warm_and_no_others():
     options = {"num_steps": 2, "progress": False, "seed": 0}
-    guide = AutoPlanar(gaussian, num_transforms=1)
+    guide = AutoPlanar(gaussian, num_layers=1)
     first = fit(gaussian, guide, **options)
     assert first.elbo > -1.0
     assert first.warm_start.name in first.warm_start.elbos
     assert fit(gaussian, guide, **options).warm_start is None
     pyro.clear_param_store()
-    cold = fit(gaussian, AutoPlanar(gaussian, num_transforms=1), warm_start=False, **options)
+    cold = fit(gaussian, AutoPlanar(gaussian, num_layers=1), warm_start=False, **options)
     assert cold.warm_start is None
     assert cold.elbo < -1e3
     pyro.clear_param_store()

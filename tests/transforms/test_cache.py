@@ -110,7 +110,7 @@ def test_the_last_pass_alone_is_remembered():
 @pytest.fixture
 def passed():
     """A transform, its parameters perturbed, with a pass that it remembers."""
-    part = sylvester(3, num_transforms=2)
+    part = sylvester(3, num_layers=2)
     with torch.no_grad():
         for p in part.parameters():
             p.add_(0.5 * torch.randn_like(p))
@@ -137,7 +137,7 @@ CHANGES = {
         part, "b", nn.Parameter(torch.randn_like(part.b))
     ),
     "load_state_dict": lambda part, x, y: part.load_state_dict(
-        sylvester(3, num_transforms=2).state_dict()
+        sylvester(3, num_layers=2).state_dict()
     ),
     "x in place": lambda part, x, y: x.add_(1.0),
 }

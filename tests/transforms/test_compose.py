@@ -61,7 +61,7 @@ def test_is_a_sequence_of_modules(parts):
     assert whole[1] is parts[1]
     assert whole[-1] is parts[-1]
     assert len(list(whole.parameters())) == sum(len(list(part.parameters())) for part in parts)
-    assert repr(whole).splitlines()[1] == "  (0): Planar(3, num_transforms=1)"
+    assert repr(whole).splitlines()[1] == "  (0): Planar(3, num_layers=1)"
 
 
 def test_nests(parts):

@@ -30,9 +30,9 @@ families = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 
 
 @families
-@pytest.mark.parametrize("num_transforms", [1, 3])
-def test_starts_as_the_unconditional_transform(make, num_transforms):
-    conditional = make(3, 2, num_transforms=num_transforms)
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_starts_as_the_unconditional_transform(make, num_layers):
+    conditional = make(3, 2, num_layers=num_layers)
     x = torch.randn(5, 3)
     bound = conditional.condition(torch.randn(5, 2))
     expected = conditional.transform.forward_and_ladj(x)
@@ -92,7 +92,7 @@ def test_the_same_context_is_bound_anew_after_an_update():
 def test_bound_transform_shows_no_parameters_of_the_network():
     bound = conditional_planar(2, 2).condition(torch.randn(5, 2))
     assert list(bound.parameters()) == []
-    assert repr(bound) == "Planar(2, num_transforms=1, batch_shape=(5,))"
+    assert repr(bound) == "Planar(2, num_layers=1, batch_shape=(5,))"
 
 
 @families

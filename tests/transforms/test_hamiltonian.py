@@ -102,8 +102,8 @@ def test_energy_error_is_of_second_order():
         return potential(x[:, :3]) + (x[:, 3:] ** 2).sum(-1) / 2
 
     errors = []
-    for num_steps in (40, 80):  # the same time, at half the step
-        flow = leapfrog(potential, 3, num_steps, step_size=2.0 / num_steps).double()
+    for num_layers in (40, 80):  # the same time, at half the step
+        flow = leapfrog(potential, 3, num_layers, step_size=2.0 / num_layers).double()
         errors.append((energy(flow(x)) - energy(x)).abs().mean().item())
     assert 0 < errors[0] < 0.5
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.1)
@@ -113,10 +113,10 @@ def test_energy_error_is_of_second_order():
 
 
 @pytest.mark.parametrize("tempering", ["quadratic", "free"])
-@pytest.mark.parametrize("num_steps", [1, 4])
-def test_tempering_cools_from_beta_0(tempering, num_steps):
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_tempering_cools_from_beta_0(tempering, num_layers):
     D = 3
-    flow = leapfrog(quartic, D, num_steps, tempering=tempering).double()
+    flow = leapfrog(quartic, D, num_layers, tempering=tempering).double()
     x, beta_0 = randn(5, 2 * D), torch.tensor(0.9).double()  # the initial value of both schedules
     _, ladj = flow.forward_and_ladj(x)
     torch.testing.assert_close(ladj, (D / 2 * beta_0.log()).expand(5), rtol=1e-6, atol=0)
@@ -243,14 +243,14 @@ def test_copies():
 
 def test_repr_and_sizes():
     flow = leapfrog(quartic, 3, 2, tempering="free")
-    assert repr(flow) == "Leapfrog(latent_dim=3, num_steps=2, tempering='free')"
+    assert repr(flow) == "Leapfrog(latent_dim=3, num_layers=2, tempering='free')"
     assert (flow.latent_dim, flow.input_dim) == (3, 6)
     assert flow.step_size.shape == (2, 3)
     torch.testing.assert_close(flow.step_size, torch.full((2, 3), 0.1))
     plain = perturb(leapfrog(quartic, 3))
     torch.testing.assert_close(plain.momentum_scale**2, plain.mass)
     assert repr(conditional_leapfrog(contextual, 3, 3)) == (
-        "ConditionalLeapfrog(latent_dim=3, num_steps=5, context_dim=3)"
+        "ConditionalLeapfrog(latent_dim=3, num_layers=5, context_dim=3)"
     )
 
 
@@ -258,7 +258,7 @@ def test_repr_and_sizes():
     ("arguments", "message"),
     [
         ({"latent_dim": 0}, "latent_dim: expected a positive integer"),
-        ({"num_steps": 0}, "num_steps: expected a positive integer"),
+        ({"num_layers": 0}, "num_layers: expected a positive integer"),
         ({"step_size": 0.0}, "step_size: expected a positive number"),
         ({"tempering": "linear"}, "tempering: expected one of False, quadratic, free"),
     ],

@@ -43,7 +43,7 @@ def normal(dim=2):
 @makes
 @pytest.mark.parametrize("inverted", [False, True], ids=["plain", "inv"])
 def test_transformed_distribution(make, inverted):
-    transform = perturb(make(2, num_transforms=2))
+    transform = perturb(make(2, num_layers=2))
     density = dist.TransformedDistribution(normal(), [transform.inv if inverted else transform])
     assert density.has_rsample
     assert density.event_shape == (2,)
@@ -70,7 +70,7 @@ def test_monte_carlo_entropy_of_both_orientations(make):
 
 @makes
 def test_iterated(make):
-    transform = iterated(3, partial(make, num_transforms=2), 2)
+    transform = iterated(3, partial(make, num_layers=2), 2)
     assert isinstance(transform, ComposeTransformModule)
     assert len(list(transform.parameters())) == 3 * len(list(make(2).parameters()))
     density = dist.TransformedDistribution(normal(), [transform])
@@ -230,7 +230,7 @@ def trained_guide(make, num_steps=60):
 @pytest.mark.parametrize("inverted", [False, True], ids=["plain", "inv"])
 def test_auto_normalizing_flow(make, inverted):
     def init(dim):
-        transform = make(dim, num_transforms=4)
+        transform = make(dim, num_layers=4)
         return ComposeTransformModule([transform.inv]) if inverted else transform
 
     guide, losses = trained_guide(init)
@@ -249,7 +249,7 @@ def test_auto_normalizing_flow_with_iterated():
 
 @pytest.fixture
 def neutra():
-    guide, _ = trained_guide(lambda dim: planar(dim, num_transforms=4))
+    guide, _ = trained_guide(lambda dim: planar(dim, num_layers=4))
     reparam = NeuTraReparam(guide.requires_grad_(False))
     return guide, reparam, poutine.reparam(model, config=lambda _: reparam)
 
@@ -287,7 +287,7 @@ def test_kl_to_a_normalised_target_is_not_negative():
     target = dist.MultivariateNormal(
         torch.tensor([1.0, -1.0]), scale_tril=torch.tensor([[0.7, 0.0], [0.6, 0.5]])
     )
-    transform = sylvester(2, num_transforms=4)
+    transform = sylvester(2, num_layers=4)
     q = dist.TransformedDistribution(normal(), [transform])
     optimizer = torch.optim.Adam(transform.parameters(), lr=0.02)
     for _ in range(150):

@@ -220,7 +220,7 @@ def test_options_and_copies():
     y = transform.condition(u)(x)
     for twin in (copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))):
         torch.testing.assert_close(twin.condition(u)(x), y)
-    assert repr(transform) == "IndexedTransform(Planar(3, num_transforms=1), index_dim=2)"
+    assert repr(transform) == "IndexedTransform(Planar(3, num_layers=1), index_dim=2)"
     assert repr(indexed(planar(3), context_dim=4)).endswith("index_dim=1, context_dim=4)")
 
 

@@ -279,7 +279,7 @@ def test_refuses():
 
 
 def test_repr():
-    assert repr(Pixelwise(planar(3))) == "Pixelwise(Planar(3, num_transforms=1))"
+    assert repr(Pixelwise(planar(3))) == "Pixelwise(Planar(3, num_layers=1))"
     assert repr(Invertible1x1Conv(3)) == "Invertible1x1Conv(3, bias=False, permute=True)"
     bound = conditional_invertible_1x1_conv(3, 2).condition(torch.zeros(5, 2))
     assert "batch_shape=(5,)" in repr(bound)

@@ -112,7 +112,7 @@ def test_extreme_parameters_stay_finite_in_float32(seed, size):
 
 @pytest.mark.parametrize("far", [1e3, 1e8])
 def test_values_far_out_come_back(far):
-    transform = perturb(planar(3, num_transforms=4).double())
+    transform = perturb(planar(3, num_layers=4).double())
     y = far * torch.randn(20, 3, dtype=torch.float64)
     x, ladj = transform.inverse_and_ladj(y)
     torch.testing.assert_close(transform.forward_and_ladj(x)[0], y, rtol=1e-12, atol=1e-9)
@@ -122,17 +122,17 @@ def test_values_far_out_come_back(far):
 # --- what it starts as, and how it stacks ---
 
 
-@pytest.mark.parametrize("num_transforms", [1, 16])
+@pytest.mark.parametrize("num_layers", [1, 16])
 @pytest.mark.parametrize("dim", [1, 2, 50])
-def test_starts_near_the_identity(num_transforms, dim):
+def test_starts_near_the_identity(num_layers, dim):
     x = torch.randn(200, dim)
-    y, ladj = planar(dim, num_transforms=num_transforms).forward_and_ladj(x)
+    y, ladj = planar(dim, num_layers=num_layers).forward_and_ladj(x)
     assert (y - x).square().mean().sqrt() < 0.05
     assert ladj.abs().max() < 0.5
 
 
 def test_stack_is_its_layers_one_by_one():
-    stack = perturb(planar(3, num_transforms=4).double())
+    stack = perturb(planar(3, num_layers=4).double())
     x = torch.randn(5, 3, dtype=torch.float64)
     value, total = x, torch.zeros(5, dtype=torch.float64)
     for i in range(4):
@@ -182,8 +182,8 @@ def test_values_and_log_det_are_those_of_pyro_at_the_same_u_hat(seed):
         (lambda: planar(0), "input_dim: expected a positive integer, got 0"),
         (lambda: planar(2.5), "input_dim: expected a positive integer, got 2.5"),
         (
-            lambda: planar(2, num_transforms=-1),
-            "num_transforms: expected a positive integer, got -1",
+            lambda: planar(2, num_layers=-1),
+            "num_layers: expected a positive integer, got -1",
         ),
         (lambda: conditional_planar(0, 2), "input_dim: expected a positive integer, got 0"),
     ],
@@ -202,15 +202,15 @@ def test_bad_shapes(method, shape):
 
 
 def test_repr():
-    assert repr(planar(3, num_transforms=2)) == "Planar(3, num_transforms=2)"
-    assert repr(planar(3).inv) == "Planar(3, num_transforms=1).inv"
+    assert repr(planar(3, num_layers=2)) == "Planar(3, num_layers=2)"
+    assert repr(planar(3).inv) == "Planar(3, num_layers=1).inv"
 
 
 def test_helper_and_class_agree():
     torch.manual_seed(0)
-    made = planar(3, num_transforms=2)
+    made = planar(3, num_layers=2)
     torch.manual_seed(0)
-    for a, b in zip(made.parameters(), Planar(3, num_transforms=2).parameters(), strict=True):
+    for a, b in zip(made.parameters(), Planar(3, num_layers=2).parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -229,7 +229,7 @@ def two_moons(num, generator):
 def test_maximum_likelihood_on_two_moons():
     generator = torch.Generator().manual_seed(0)
     train, test = two_moons(1000, generator), two_moons(1000, generator)
-    transform = planar(2, num_transforms=16)
+    transform = planar(2, num_layers=16)
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     density = dist.TransformedDistribution(base, [transform])
     optimizer = torch.optim.Adam(transform.parameters(), lr=0.02)

@@ -27,14 +27,14 @@ EACH = pytest.mark.parametrize("name", PRESETS)
 
 def made(name, dim=3, **options):
     """A small preset at perturbed parameters; the residual flow's log-det is exact in eval mode."""
-    options = {"num_transforms": 2, "hidden_dims": (8,)} | options
+    options = {"num_layers": 2, "hidden_dims": (8,)} | options
     return perturb(PRESETS[name](dim, **options).double()).eval()
 
 
 @EACH
 @pytest.mark.parametrize("context_dim", [None, 2], ids=["plain", "context"])
 def test_layers_can_be_reached(name, context_dim):
-    flow = PRESETS[name](3, num_transforms=3, hidden_dims=(8,), context_dim=context_dim)
+    flow = PRESETS[name](3, num_layers=3, hidden_dims=(8,), context_dim=context_dim)
     step, rest = LAYERS.get(name, (1, 0))
     assert len(flow) == 3 * step + rest
     assert isinstance(flow, T.ComposeFlow if context_dim is None else T.ConditionalComposeFlow)
@@ -46,7 +46,7 @@ def test_layers_can_be_reached(name, context_dim):
 def test_starts_at_the_identity(name):
     """Up to the reflections that a stack may make of a symmetric base."""
     torch.manual_seed(0)
-    flow, x = PRESETS[name](3, num_transforms=4).eval(), torch.randn(5, 3)
+    flow, x = PRESETS[name](3, num_layers=4).eval(), torch.randn(5, 3)
     y, ladj = flow.forward_and_ladj(x)
     torch.testing.assert_close(y, x, rtol=0, atol=1e-5)
     torch.testing.assert_close(ladj, torch.zeros(5), rtol=0, atol=1e-5)
@@ -57,7 +57,7 @@ def test_starts_at_the_identity(name):
 def test_every_output_depends_on_every_input(name, dim):
     """Three layers are enough: halves and orders alternate."""
     torch.manual_seed(0)
-    flow = made(name, dim, num_transforms=3)
+    flow = made(name, dim, num_layers=3)
     points = torch.randn(20, dim, dtype=torch.float64)
     J = torch.func.vmap(torch.func.jacrev(lambda x: flow.forward_and_ladj(x)[0]))(points)
     assert (J != 0).any(0).all()
@@ -92,7 +92,7 @@ def test_context_by_row(name):
 
 @EACH
 def test_parameters_are_not_shared_by_layers(name):
-    flow = PRESETS[name](3, num_transforms=3)
+    flow = PRESETS[name](3, num_layers=3)
     single = sum(p.numel() for part in flow for p in part.parameters())
     assert sum(p.numel() for p in flow.parameters()) == single
 
@@ -119,10 +119,10 @@ def test_one_dimension_is_refused_by_couplings(name):
 
 
 @EACH
-@pytest.mark.parametrize("num_transforms", [0, -1, 1.5])
-def test_number_of_transforms_is_checked(name, num_transforms):
-    with pytest.raises(ValueError, match="num_transforms: expected a positive integer"):
-        PRESETS[name](3, num_transforms=num_transforms)
+@pytest.mark.parametrize("num_layers", [0, -1, 1.5])
+def test_number_of_transforms_is_checked(name, num_layers):
+    with pytest.raises(ValueError, match="num_layers: expected a positive integer"):
+        PRESETS[name](3, num_layers=num_layers)
 
 
 def test_kind_is_checked():
@@ -131,7 +131,7 @@ def test_kind_is_checked():
 
 
 def test_options_reach_the_layers():
-    flow = T.nsf(3, num_transforms=2, num_bins=4, bound=2.0, mask="alternating", linear=False)
+    flow = T.nsf(3, num_layers=2, num_bins=4, bound=2.0, mask="alternating", linear=False)
     assert [layer.num_bins for layer in flow] == [4, 4]
     assert [layer.bound for layer in flow] == [2.0, 2.0]
     assert flow[0].mask.tolist() == [True, False, True]
@@ -146,7 +146,7 @@ def test_learns_a_scaled_and_shifted_density(name):
         torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.6], [0.6, 0.5]])
     )
     data = truth.sample((512,))
-    transform = PRESETS[name](2, num_transforms=2, hidden_dims=(16,))
+    transform = PRESETS[name](2, num_layers=2, hidden_dims=(16,))
     # A residual flow is fast from the base; for data it is turned round.
     transform = transform.inv.eval() if name == "residual" else transform
     flow = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [transform])

@@ -80,13 +80,13 @@ def test_values_far_out_come_back(far, beta_raw):
     assert ladj.abs().max() < 50 / far
 
 
-@pytest.mark.parametrize("num_transforms", [1, 16])
+@pytest.mark.parametrize("num_layers", [1, 16])
 @pytest.mark.parametrize("dim", [1, 2, 50])
-def test_starts_near_the_identity(num_transforms, dim):
+def test_starts_near_the_identity(num_layers, dim):
     x = torch.randn(200, dim)
-    y, ladj = radial(dim, num_transforms=num_transforms).forward_and_ladj(x)
+    y, ladj = radial(dim, num_layers=num_layers).forward_and_ladj(x)
     assert (y - x).square().mean().sqrt() < 0.05
-    assert ladj.abs().max() < 0.02 * dim * num_transforms
+    assert ladj.abs().max() < 0.02 * dim * num_layers
 
 
 def test_beta_zero_is_the_identity():
@@ -97,7 +97,7 @@ def test_beta_zero_is_the_identity():
 
 
 def test_stack_is_its_layers_one_by_one():
-    stack = perturb(radial(3, num_transforms=4).double())
+    stack = perturb(radial(3, num_layers=4).double())
     x = torch.randn(5, 3, dtype=torch.float64)
     value, total = x, torch.zeros(5, dtype=torch.float64)
     for i in range(4):
@@ -130,10 +130,10 @@ def test_values_and_log_det_are_those_of_pyro_at_the_same_alpha_and_beta(alpha_r
     ("build", "message"),
     [
         (lambda: radial(0), "input_dim: expected a positive integer, got 0"),
-        (lambda: radial(2, num_transforms=0), "num_transforms: expected a positive integer, got 0"),
+        (lambda: radial(2, num_layers=0), "num_layers: expected a positive integer, got 0"),
         (
-            lambda: conditional_radial(2, 2, num_transforms=0),
-            "num_transforms: expected a positive integer, got 0",
+            lambda: conditional_radial(2, 2, num_layers=0),
+            "num_layers: expected a positive integer, got 0",
         ),
         (
             lambda: radial(3).forward_and_ladj(torch.zeros(5, 2)),
@@ -144,7 +144,7 @@ def test_values_and_log_det_are_those_of_pyro_at_the_same_alpha_and_beta(alpha_r
             r"y: expected a tensor of shape \(\*, 3\), got \(\)",
         ),
     ],
-    ids=["input-dim", "num-transforms", "conditional", "x", "y"],
+    ids=["input-dim", "num-layers", "conditional", "x", "y"],
 )
 def test_errors(build, message):
     with pytest.raises(ValueError, match=message):
@@ -152,4 +152,4 @@ def test_errors(build, message):
 
 
 def test_repr():
-    assert repr(radial(3, num_transforms=2)) == "Radial(3, num_transforms=2)"
+    assert repr(radial(3, num_layers=2)) == "Radial(3, num_layers=2)"

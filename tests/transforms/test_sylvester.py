@@ -44,7 +44,7 @@ def check_at(transform, x, tolerance=1e-9):
 @pytest.mark.parametrize("seed", range(4))
 def test_saturated_diagonals(kind, size, seed):
     torch.manual_seed(seed)
-    transform = perturb(sylvester(3, kind=kind, num_transforms=2).double())
+    transform = perturb(sylvester(3, kind=kind, num_layers=2).double())
     with torch.no_grad():
         for diagonal in (transform.r.diagonal(dim1=-2, dim2=-1), transform.r_tilde_diag):
             diagonal.copy_(size * (2.0 * torch.randint(2, diagonal.shape) - 1))
@@ -140,7 +140,7 @@ def test_amortized_orthogonal_goes_on_across_a_change_of_the_determinants_sign()
 
 @kinds
 def test_values_far_out_come_back(kind):
-    transform = perturb(sylvester(3, kind=kind, num_transforms=3).double())
+    transform = perturb(sylvester(3, kind=kind, num_layers=3).double())
     y = 1e6 * torch.randn(20, 3, dtype=torch.float64)
     x, ladj = transform.inverse_and_ladj(y)
     torch.testing.assert_close(transform.forward_and_ladj(x)[0], y, rtol=1e-13, atol=1e-8)
@@ -154,7 +154,7 @@ def test_values_far_out_come_back(kind):
 @pytest.mark.parametrize("dim", [1, 3, 50])
 def test_starts_near_the_identity(kind, dim):
     x = torch.randn(200, dim)
-    y, ladj = sylvester(dim, kind=kind, num_transforms=8).forward_and_ladj(x)
+    y, ladj = sylvester(dim, kind=kind, num_layers=8).forward_and_ladj(x)
     assert (y - x).square().mean().sqrt() < 0.1
     assert ladj.abs().max() < 1.0
 
@@ -162,7 +162,7 @@ def test_starts_near_the_identity(kind, dim):
 @kinds
 @pytest.mark.parametrize("rank", [None, 2])
 def test_stack_is_its_layers_one_by_one(kind, rank):
-    stack = perturb(sylvester(3, kind=kind, rank=rank, num_transforms=3).double())
+    stack = perturb(sylvester(3, kind=kind, rank=rank, num_layers=3).double())
     x = torch.randn(5, 3, dtype=torch.float64)
     value, total = x, torch.zeros(5, dtype=torch.float64)
     for i in range(3):
@@ -202,8 +202,8 @@ def test_rank_one_is_planar():
 
 
 def test_triangular_alternates():
-    Q = TriangularSylvester(3, num_transforms=3)._q()
-    flipped = TriangularSylvester(3, num_transforms=3, flip=True)._q()
+    Q = TriangularSylvester(3, num_layers=3)._q()
+    flipped = TriangularSylvester(3, num_layers=3, flip=True)._q()
     eye = torch.eye(3)
     assert torch.equal(Q, torch.stack([eye, eye.flip(0), eye]))
     assert torch.equal(flipped, torch.stack([eye.flip(0), eye, eye.flip(0)]))
@@ -297,10 +297,10 @@ def test_errors(build, message):
     ids=KINDS,
 )
 def test_kinds(kind, plain, conditional):
-    made = sylvester(4, kind=kind, rank=2, num_transforms=3)
+    made = sylvester(4, kind=kind, rank=2, num_layers=3)
     assert type(made) is plain
     assert made.kind == kind
-    assert repr(made).startswith(f"{plain.__name__}(4, rank=2, num_transforms=3")
+    assert repr(made).startswith(f"{plain.__name__}(4, rank=2, num_layers=3")
     assert type(conditional_sylvester(4, 2, kind=kind)) is conditional
 
 

@@ -121,7 +121,7 @@ def _spec(rows: Rows, args: argparse.Namespace) -> DensitySpec:
                 f"--dequantize {dequantize}: expected whole numbers from 0 on, got others"
             )
         num_levels = int(rows.values.max()) + 1
-    return DensitySpec(args.flow, event_shape, args.num_transforms, dequantize, num_levels)
+    return DensitySpec(args.flow, event_shape, args.num_layers, dequantize, num_levels)
 
 
 def _shaped(values: Tensor, spec: DensitySpec) -> Tensor:
@@ -147,7 +147,7 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "target": learned.rows.name,
         **asdict(learned.spec),
-        "num_transforms": _num_transforms(learned.spec),
+        "num_layers": _num_layers(learned.spec),
         "num_parameters": _num_parameters(result.density),
         "rows": {name: len(part) for name, part in learned.split._asdict().items()},
         "settings": {
@@ -170,7 +170,7 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
 def print_learned(learned: Learned) -> None:
     """A table of test log-likelihoods, and how training went."""
     rows, spec, result, test = learned.rows, learned.spec, learned.result, learned.test
-    layers = _num_transforms(spec)
+    layers = _num_layers(spec)
     name = spec.flow + ("" if layers is None else f", {layers} transforms")
     baseline = learned.baseline
     lines = [
@@ -199,7 +199,7 @@ def print_learned(learned: Learned) -> None:
 
 
 def _cure(learned: Learned) -> str:
-    if _num_transforms(learned.spec) is None:
+    if _num_layers(learned.spec) is None:
         return "it is linear, and so a Gaussian itself"
     steps = "" if learned.result.stopped_early else "more steps, "
     return f"take {steps}fewer layers or more data"
@@ -215,8 +215,8 @@ def _with_se(mean: float, se: float) -> str:
     return f"{mean:.3f} ± {se:.3f}"
 
 
-def _num_transforms(spec: DensitySpec) -> int | None:
-    return spec.num_transforms or FLOWS[spec.flow].num_transforms
+def _num_layers(spec: DensitySpec) -> int | None:
+    return spec.num_layers or FLOWS[spec.flow].num_layers
 
 
 def _num_parameters(density: Density) -> int:

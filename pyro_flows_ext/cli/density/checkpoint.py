@@ -71,7 +71,7 @@ def _is_spec(spec: dict[str, Any]) -> bool:
         and isinstance(spec["event_shape"], list)
         and len(spec["event_shape"]) in (1, 3)
         and all(isinstance(size, int) for size in spec["event_shape"])
-        and isinstance(spec["num_transforms"], int | None)
+        and isinstance(spec["num_layers"], int | None)
         and spec["dequantize"] in DEQUANTIZE
         and isinstance(spec["num_levels"], int | None)
     )

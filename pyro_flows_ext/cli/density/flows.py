@@ -33,7 +33,7 @@ class FlowKind:
     """A density by name: `make(D, K)` of vectors, `make((C, H, W), K)` of images; K layers or steps, None for none."""
 
     make: Callable[[Any, Any], Density]
-    num_transforms: int | None
+    num_layers: int | None
     description: str
     of_images: bool = False
 
@@ -84,7 +84,7 @@ class DensitySpec:
 
     flow: str
     event_shape: tuple[int, ...]
-    num_transforms: int | None = None
+    num_layers: int | None = None
     dequantize: str = "no"
     num_levels: int | None = None
 
@@ -98,7 +98,7 @@ class DensitySpec:
         kind = FLOWS[self.flow]
         self._check(kind)
         event = self.event_shape if kind.of_images else self.event_shape[0]
-        inner = kind.make(event, self.num_transforms or kind.num_transforms)
+        inner = kind.make(event, self.num_layers or kind.num_layers)
         standardize = self.standardize(train)
         if train is not None and isinstance(inner, MultiScaleFlow):
             inner.initialize(standardize.forward_and_ladj(self.continuous(train))[0])
@@ -134,8 +134,8 @@ class DensitySpec:
         )
 
     def _check(self, kind: FlowKind) -> None:
-        if kind.num_transforms is None and self.num_transforms is not None:
-            raise ValueError(f"the flow {self.flow!r} has one layer: leave --num-transforms out")
+        if kind.num_layers is None and self.num_layers is not None:
+            raise ValueError(f"the flow {self.flow!r} has one layer: leave --num-layers out")
         if kind.of_images != (len(self.event_shape) == 3):
             shape = "images (C, H, W)" if kind.of_images else "vectors (D)"
             raise ValueError(
@@ -164,56 +164,56 @@ def _nested(make: Callable[[int, Any], Any]) -> Callable[[Any, Any], Density]:
 
 
 def _vae(D: int, K: int) -> Density:
-    return FlowVAE(T.nsf(D, num_transforms=K), D, max(1, min(8, D // 2)))
+    return FlowVAE(T.nsf(D, num_layers=K), D, max(1, min(8, D // 2)))
 
 
 FLOWS = {
     "nsf": FlowKind(
-        _exact(lambda D, K: T.nsf(D, num_transforms=K)), 4, "spline couplings (Durkan et al. 2019)"
+        _exact(lambda D, K: T.nsf(D, num_layers=K)), 4, "spline couplings (Durkan et al. 2019)"
     ),
     "nsf-ar": FlowKind(
-        _exact(lambda D, K: T.nsf(D, num_transforms=K, kind="autoregressive")),
+        _exact(lambda D, K: T.nsf(D, num_layers=K, kind="autoregressive")),
         3,
         "autoregressive splines (Durkan et al. 2019); draws slowly",
     ),
     "realnvp": FlowKind(
-        _exact(lambda D, K: T.realnvp(D, num_transforms=K)),
+        _exact(lambda D, K: T.realnvp(D, num_layers=K)),
         8,
         "affine couplings (Dinh et al. 2017)",
     ),
     "glow-vector": FlowKind(
-        _exact(lambda D, K: T.glow_vector(D, num_transforms=K)),
+        _exact(lambda D, K: T.glow_vector(D, num_layers=K)),
         8,
         "affine couplings and linear layers (Kingma & Dhariwal 2018)",
     ),
     "maf": FlowKind(
-        _exact(lambda D, K: T.maf(D, num_transforms=K)),
+        _exact(lambda D, K: T.maf(D, num_layers=K)),
         5,
         "affine autoregressive layers (Papamakarios et al. 2017); draws slowly",
     ),
     # Their forward pass is the fast one, and goes from the data to the base here.
     "residual": FlowKind(
-        _exact(lambda D, K: T.residual(D, num_transforms=K).inv),
+        _exact(lambda D, K: T.residual(D, num_layers=K).inv),
         8,
         "contractive residual networks (Chen et al. 2019)",
     ),
     "planar": FlowKind(
-        _exact(lambda D, K: T.planar(D, num_transforms=K).inv),
+        _exact(lambda D, K: T.planar(D, num_layers=K).inv),
         16,
         "planar layers (Rezende & Mohamed 2015)",
     ),
     "sylvester": FlowKind(
-        _exact(lambda D, K: T.sylvester(D, num_transforms=K).inv),
+        _exact(lambda D, K: T.sylvester(D, num_layers=K).inv),
         8,
         "Sylvester layers (van den Berg et al. 2018)",
     ),
     "cif-maf": FlowKind(
-        _indexed(lambda D, K: T.maf(D, num_transforms=K)),
+        _indexed(lambda D, K: T.maf(D, num_layers=K)),
         5,
         "maf, continuously indexed (Cornish et al. 2020); a bound",
     ),
     "cif-nsf": FlowKind(
-        _indexed(lambda D, K: T.nsf(D, num_transforms=K, linear=False)),
+        _indexed(lambda D, K: T.nsf(D, num_layers=K, linear=False)),
         4,
         "nsf, continuously indexed (Cornish et al. 2020); a bound",
     ),
@@ -226,22 +226,22 @@ FLOWS = {
         _nested(lambda D, K: T.LULinear(D)), None, "the same, by an LU decomposition"
     ),
     "nested-nsf": FlowKind(
-        _nested(lambda D, K: T.nsf(D, num_transforms=K)),
+        _nested(lambda D, K: T.nsf(D, num_layers=K)),
         4,
         "nsf with ordered latents (Bekasov & Murray 2020)",
     ),
     "flow-vae": FlowKind(_vae, 4, "nsf over a small VAE, trained first (Das et al. 2019); a bound"),
     "glow": FlowKind(
-        lambda shape, K: glow(shape, num_steps=K), 4, "Glow, of images, K steps a level", True
+        lambda shape, K: glow(shape, num_layers=K), 4, "Glow, of images, K steps a level", True
     ),
     "realnvp-image": FlowKind(
-        lambda shape, K: realnvp_image(shape, num_steps=K),
+        lambda shape, K: realnvp_image(shape, num_layers=K),
         4,
         "RealNVP, of images, K steps a level",
         True,
     ),
     "rq-nsf-image": FlowKind(
-        lambda shape, K: rq_nsf_image(shape, num_steps=K),
+        lambda shape, K: rq_nsf_image(shape, num_layers=K),
         4,
         "RQ-NSF (C), of images, K steps a level",
         True,
