@@ -16,7 +16,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..infer.particles import Program, draw_particles, why_not_vectorized
+from ..programs import Program, draw_particles, vectorization_error
 
 Site = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def to_inference_data(
     wanted = [name for name, site in sites.items() if _is_deterministic(site)]
     if posterior_predictive:
         wanted += list(observed)
-    vectorized = why_not_vectorized(model, guide, args, kwargs) is None
+    vectorized = vectorization_error(model, guide, args, kwargs) is None
     replayed = _replay(model, particles.samples, sites, wanted, args, kwargs, vectorized)
 
     groups: dict[str, dict[str, Tensor]] = {

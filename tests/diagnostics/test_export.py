@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 from pyro_flows_ext.diagnostics import save_netcdf, to_inference_data
-from pyro_flows_ext.infer.particles import why_not_vectorized
+from pyro_flows_ext.programs import vectorization_error
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ 0.23 announces 1.x on import
@@ -125,7 +125,7 @@ def test_predictions_belong_to_their_draw(model: Any, num_samples: int) -> None:
     """With noise of 1e-3, new data show which draw they came from; 4 draws are as many as schools."""
     guide = AutoNormal(model)
     guide()
-    assert (why_not_vectorized(model, guide) is None) == (model is batched_schools)
+    assert (vectorization_error(model, guide) is None) == (model is batched_schools)
     data = to_inference_data(guide, model, num_samples=num_samples)
     mean = data["posterior"]["mu"].values + data["posterior"]["slope"].values.sum(-1)
     predicted = data["posterior_predictive"]["y"]

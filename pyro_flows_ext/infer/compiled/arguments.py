@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..particles import Program
+from ...programs import Program
 from .refusal import Refusal
 
 # What is no container, which a step need not look into.

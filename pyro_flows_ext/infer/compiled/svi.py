@@ -14,7 +14,7 @@ from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from ..particles import Program
+from ...programs import Program
 from .arguments import Call, parameters_met, read_arguments
 from .kind import Kind
 from .program import Backend, StepProgram
