@@ -1,7 +1,7 @@
 """Every test starts from the same state, in any order: seeded generators, an empty parameter store, one thread.
 
-    pytest --draws 7         the same tests at other draws: a test that passes at seed 0 alone is a chance
-    pytest --shuffle 7       the same tests in another order
+pytest --draws 7         the same tests at other draws: a test that passes at seed 0 alone is a chance
+pytest --shuffle 7       the same tests in another order
 """
 
 import random
