@@ -15,15 +15,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..ops import quantiles as elementwise_quantiles
-from ..programs import (
-    JacobianDelta,
-    Latent,
-    check_continuous,
-    check_inside,
-    constrain,
-    read_latent,
-    unconstrain,
-)
 from ..transforms import (
     ComposeFlow,
     ElementwiseAffine,
@@ -40,6 +31,15 @@ from ..transforms import (
     sylvester,
 )
 from ..transforms.affine import check_whitening
+from ._latents import (
+    Image,
+    Latent,
+    check_continuous,
+    check_inside,
+    constrain,
+    read_latent,
+    unconstrain,
+)
 from ._module import PortableGuide
 from ._prototype import argument_shapes, extent, slim
 from .initialization import init_to_median
@@ -240,7 +240,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._check_arguments(args, kwargs)
         if torch.is_grad_enabled():
             self._check_param_store()
-        with _JacobianDeltas():
+        with _Images():
             return super().forward(*args, **kwargs)
 
     @torch.no_grad()
@@ -310,9 +310,9 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._known_shapes.add(shapes)
 
 
-class _JacobianDeltas(Messenger):
-    """Has `TraceMeanField_ELBO` count the Jacobians that AutoContinuous keeps in its `Delta` sites: see `JacobianDelta`."""
+class _Images(Messenger):
+    """Has `TraceMeanField_ELBO` count the Jacobians that AutoContinuous keeps in its `Delta` sites: see `Image`."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]) is dist.Delta:
-            msg["fn"] = JacobianDelta(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)
+            msg["fn"] = Image(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)
