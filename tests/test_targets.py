@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_flows_ext.cli.data import load_data
 from pyro_flows_ext.cli.targets import TARGETS, Target, load_target
 from pyro_flows_ext.distributions.energies import u1
-from pyro_flows_ext.infer.particles import why_not_vectorized
+from pyro_flows_ext.programs import vectorization_error
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_vectorises_over_particles(name: str) -> None:
     target, data = built_in(name)
     guide = AutoNormal(target.model)
     guide(**data)
-    assert why_not_vectorized(target.model, guide, (), data) is None
+    assert vectorization_error(target.model, guide, (), data) is None
 
 
 @pytest.mark.parametrize("name", list(TARGETS))

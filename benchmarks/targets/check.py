@@ -23,7 +23,7 @@ from torch.distributions.constraints import real
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pyro_flows_ext.infer.particles import why_not_vectorized
+from pyro_flows_ext.programs import vectorization_error
 from targets import TARGETS, Target, load
 from targets.by_hand import largest_difference
 
@@ -87,7 +87,7 @@ def why_not(target: Target) -> str | None:
     for name, value in guide.median(*target.args).items():
         if value.dtype != torch.float64:
             return f"{name} is {value.dtype}"
-    return why_not_vectorized(target.model, guide, target.args)
+    return vectorization_error(target.model, guide, target.args)
 
 
 def main() -> None:

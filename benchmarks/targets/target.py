@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_flows_ext.infer.log_density import LogDensity
+from pyro_flows_ext.programs import LogJoint
 
 Samples = Mapping[str, Tensor]
 
@@ -120,9 +120,9 @@ class Target:
         }
 
     @cached_property
-    def log_density(self) -> LogDensity:
+    def log_density(self) -> LogJoint:
         """log p(x, constrain(u)) + log |dconstrain/du|, `(N, dim)` -> `(N)`, in one pass; -inf where it is NaN."""
-        return LogDensity(self.model, list(self.sites.items()), self.args)
+        return LogJoint(self.model, self.args)
 
     def unconstrain(self, samples: Samples) -> Tensor:
         """Latent site -> `(N, *shape)` as `(N, dim)`, by `biject_to` of each site's support."""

@@ -13,9 +13,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from ..infer.particles import Program, why_not_vectorized
 from ..infer.path_gradients import is_delta
 from ..ops import effective_sample_size
+from ..programs import Program, vectorization_error
 from ..transforms._constrain import check_positive
 from .local_density import LocalDensity
 
@@ -84,7 +84,7 @@ def annealed_importance_sampling(
 ) -> AISResult:
     """log ∫ f(u) du by chains from `start` q to f through q^(1 - β) f^β: a lower bound in expectation, nats.
 
-    `log_density`: u `(C, *data, D)` -> log f(u) `(C, *data)`, differentiable, such as `infer.log_density.LogDensity`;
+    `log_density`: u `(C, *data, D)` -> log f(u) `(C, *data)`, differentiable, such as `programs.LogJoint`;
     `start` gives draws of that shape. A batch of `data` is as many integrals at once, each with steps of its own. f is
     zero where its logarithm is NaN.
 
@@ -145,7 +145,7 @@ def log_evidence_ais(
     if guide is not None:
         proposal = guide
         ends, draw = _from_guide(density, guide)
-    reason = why_not_vectorized(density.model, proposal, args, kwargs)
+    reason = vectorization_error(density.model, proposal, args, kwargs)
     if reason is not None:
         raise ValueError(f"model: expected one that runs many chains at once: {reason}")
     return anneal(ends, draw, num_chains=num_chains, num_steps=num_steps, num_leapfrog=num_leapfrog)

@@ -13,13 +13,13 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from ..infer.particles import (
+from ..programs import (
     Program,
-    _latents,
-    _nesting,
-    _sample_sites,
     in_particles,
-    why_not_vectorized,
+    latent_sites,
+    nesting_of,
+    sample_sites,
+    vectorization_error,
 )
 from ..transforms._constrain import check_positive
 from .summary import flatten_samples
@@ -163,10 +163,10 @@ def simulation_based_calibration(
     plates = _common_plates(trace)
     ranks: dict[str, list[Tensor]] = {}
     for _ in range(num_simulations):
-        simulated = dict(_sample_sites(_trace(poutine.uncondition(model), args, kwargs)))
+        simulated = dict(sample_sites(_trace(poutine.uncondition(model), args, kwargs)))
         new_args, new_kwargs = replace({name: simulated[name]["value"] for name in observed})
         draws = draw(num_draws * thin, *new_args, **new_kwargs)
-        for name, site in _latents(trace):
+        for name, site in latent_sites(trace):
             if name in draws:
                 rank = _rank(simulated[name]["value"], draws[name][thin - 1 :: thin])
                 ranks.setdefault(name, []).append(_pooled(rank, site, plates))
@@ -187,7 +187,7 @@ def _trace(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def _observed(trace: Trace) -> dict[str, Tensor]:
     """The observed sites and their values."""
     values = {}
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         if (
             not site["is_observed"]
             or site_is_subsample(site)
@@ -259,17 +259,17 @@ def _sampler(
         return sampler
     if sampler is not None:
         raise ValueError("guide: expected None beside a sampler; only one of them can be judged")
-    at_once = why_not_vectorized(model, guide, args, kwargs) is None
-    nesting = _nesting(_trace(model, args, kwargs), _trace(guide, args, kwargs))
+    at_once = vectorization_error(model, guide, args, kwargs) is None
+    nesting = nesting_of(_trace(model, args, kwargs), _trace(guide, args, kwargs))
 
     def draw(num: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if not at_once:
-            runs = [_latents(_trace(guide, args, kwargs)) for _ in range(num)]
+            runs = [latent_sites(_trace(guide, args, kwargs)) for _ in range(num)]
             values = [{name: site["value"] for name, site in run} for run in runs]
             return {name: torch.stack([v[name] for v in values]) for name in values[0]}
-        shapes = {n: s["value"].shape for n, s in _latents(_trace(guide, args, kwargs))}
+        shapes = {n: s["value"].shape for n, s in latent_sites(_trace(guide, args, kwargs))}
         trace = _trace(in_particles(guide, num, nesting), args, kwargs)
-        return {n: s["value"].reshape(num, *shapes[n]) for n, s in _latents(trace)}
+        return {n: s["value"].reshape(num, *shapes[n]) for n, s in latent_sites(trace)}
 
     return draw
 
@@ -283,7 +283,7 @@ def _rank(value: Tensor, draws: Tensor) -> Tensor:
 
 def _common_plates(trace: Trace) -> frozenset[str]:
     """The plates that all latents lie in: their data are independent of one another."""
-    stacks = [site["cond_indep_stack"] for _, site in _latents(trace)]
+    stacks = [site["cond_indep_stack"] for _, site in latent_sites(trace)]
     return frozenset.intersection(
         *(frozenset(f.name for f in stack if f.vectorized) for stack in stacks)
     )

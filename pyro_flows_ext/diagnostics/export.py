@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,12 +18,16 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..infer.particles import Program, draw_particles, why_not_vectorized
+from ..files import write_atomically
+from ..programs import Program, draw_particles, vectorization_error
 
 Site = Mapping[str, Any]
 
 # Draws of the model run in one pass: as many as `draw_particles` takes, for the same memory.
 CHUNK_SIZE = 1000
+# Numbers of the log likelihood that `log_likelihood="auto"` writes: 40 MB in single precision. It has one for every draw
+# and datum, and soon outweighs the rest by far.
+MAX_LOG_LIKELIHOOD = 10**7
 
 
 @torch.no_grad()
@@ -32,6 +38,7 @@ def to_inference_data(
     model_kwargs: Mapping[str, Any] | None = None,
     num_samples: int = 1000,
     posterior_predictive: bool = True,
+    log_likelihood: bool | str = True,
     coords: Mapping[str, Sequence[Any]] | None = None,
 ) -> Any:
     """`num_samples` draws of the guide as one chain: `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
@@ -39,7 +46,7 @@ def to_inference_data(
     Groups, those with anything in them:
         posterior             latent sites and `pyro.deterministic` ones, constrained
         sample_stats          `lp`, the log joint, and `log_weight`, lp less the guide's log density: log p(x, z) / q(z)
-        log_likelihood        one value a datum of every observed site
+        log_likelihood        one value a draw and datum of every observed site; "auto": unless more than 10^7 in all
         posterior_predictive  new data for every observed site
         observed_data         the data
 
@@ -50,6 +57,8 @@ def to_inference_data(
     Raises `ValueError` under a subsampled plate, for `coords` that fit no dimension, and where an observed site cannot
     be sampled (then pass `posterior_predictive=False`).
     """
+    if log_likelihood not in (True, False, "auto"):
+        raise ValueError(f'log_likelihood: expected True, False or "auto", got {log_likelihood!r}')
     kwargs = dict(model_kwargs or {})
     particles = draw_particles(model, guide, args, kwargs, num_samples=num_samples)
     sites = _sites(model, {k: v[0] for k, v in particles.samples.items()}, args, kwargs)
@@ -61,7 +70,7 @@ def to_inference_data(
     wanted = [name for name, site in sites.items() if _is_deterministic(site)]
     if posterior_predictive:
         wanted += list(observed)
-    vectorized = why_not_vectorized(model, guide, args, kwargs) is None
+    vectorized = vectorization_error(model, guide, args, kwargs) is None
     replayed = _replay(model, particles.samples, sites, wanted, args, kwargs, vectorized)
 
     groups: dict[str, dict[str, Tensor]] = {
@@ -70,7 +79,7 @@ def to_inference_data(
             **{name: replayed[name] for name in wanted if name not in observed},
         },
         "sample_stats": {"lp": particles.log_joint, "log_weight": particles.log_weights},
-        "log_likelihood": {name: particles.log_likelihood[name] for name in observed},
+        "log_likelihood": _chosen(particles.log_likelihood, observed, log_likelihood),
         "posterior_predictive": {name: replayed[name] for name in wanted if name in observed},
     }
     arrays = {
@@ -85,14 +94,58 @@ def to_inference_data(
     )
 
 
-def save_netcdf(data: Any, path: str | os.PathLike[str]) -> None:
-    """Writes what `to_inference_data` returned to a netCDF file, which `arviz.from_netcdf` reads.
+def _chosen(
+    log_likelihood: dict[str, Tensor], observed: dict[str, Site], wanted: bool | str
+) -> dict[str, Tensor]:
+    """The log likelihood of the observed sites, or nothing where it is not wanted."""
+    values = {name: log_likelihood[name] for name in observed}
+    if wanted == "auto":
+        wanted = sum(value.numel() for value in values.values()) <= MAX_LOG_LIKELIHOOD
+    return values if wanted else {}
 
-    Raises `TypeError` for anything else.
+
+def save_netcdf(data: Any, path: str | os.PathLike[str]) -> None:
+    """Writes the groups of `to_inference_data` to a netCDF file, for `arviz.from_netcdf`.
+
+    The file is made in memory and then written: HDF5 crashes the process when a disk is full. An earlier file stays
+    as it was unless the new one is whole.
+
+    Args:
+        data: `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (1.x).
+        path: the file.
+
+    Raises:
+        TypeError: for anything else.
+        OSError: where the file cannot be written.
     """
-    if not hasattr(data, "to_netcdf"):
+    write_atomically(path, to_netcdf_bytes(data))
+
+
+def to_netcdf_bytes(data: Any) -> bytes:
+    """The content of the file that `save_netcdf` writes."""
+    from xarray import DataTree
+
+    if isinstance(data, DataTree):
+        tree = data
+    elif hasattr(data, "to_netcdf") and callable(getattr(data, "groups", None)):
+        tree = DataTree.from_dict({name: data[name] for name in data.groups()})
+    else:
         raise TypeError(f"data: expected an InferenceData or a DataTree, got {type(data).__name__}")
-    data.to_netcdf(os.fspath(path), engine="h5netcdf")
+    if inspect.signature(DataTree.to_netcdf).parameters["filepath"].default is None:
+        return bytes(tree.to_netcdf(engine="h5netcdf"))
+    return _by_store(tree)
+
+
+def _by_store(tree: Any) -> bytes:
+    """The same for xarray before 2025.9, whose `DataTree.to_netcdf` writes to a path alone."""
+    import h5netcdf
+    from xarray.backends import H5NetCDFStore
+
+    buffer = io.BytesIO()
+    with h5netcdf.File(buffer, "w") as file:
+        for name, child in tree.children.items():
+            child.to_dataset().dump_to_store(H5NetCDFStore(file, group=name, mode="a"))
+    return buffer.getvalue()
 
 
 # --- the two ArviZ ---

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 from torch import Tensor
 
-from ..infer.particles import Program
+from ..programs import Program
 from ..transforms import FlowTransform
 from ..transforms._constrain import check_positive
 from .ais import AISResult, anneal, annealed_importance_sampling, log_mean_weight

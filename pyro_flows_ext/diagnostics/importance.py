@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..infer.particles import Program, draw_particles
 from ..ops import effective_sample_size, pareto_smooth
+from ..programs import Program, draw_particles
 
 # Below this effective share of the draws, the guide's own draws are far from the posterior's, whatever k-hat says.
 LOW_EFFICIENCY = 0.1

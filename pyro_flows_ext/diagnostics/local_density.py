@@ -15,14 +15,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..infer.log_density import nan_to_zero_density, nonfinite_ignored, value_and_gradient
-from ..infer.particles import (
+from ..programs import (
     PARTICLES,
     Program,
-    _nesting,
-    _sample_sites,
     in_particles,
-    why_not_vectorized,
+    nesting_of,
+    nonfinite_ignored,
+    sample_sites,
+    value_and_gradient,
+    vectorization_error,
 )
 
 Site = Any  # of a trace
@@ -52,8 +53,8 @@ class LocalDensity:
         self.args, self.kwargs, self.plates = args, dict(kwargs or {}), frozenset(plates)
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(model).get_trace(*args, **self.kwargs)
-        self.nesting = max(_nesting(trace), nesting)
-        sites = _sample_sites(trace)
+        self.nesting = max(nesting_of(trace), nesting)
+        sites = sample_sites(trace)
         self.subsamples = {name: s["value"] for name, s in sites if site_is_subsample(s)}
         self.full_sizes = {name: s["fn"].size for name, s in sites if site_is_subsample(s)}
         self.model = self.on_these_data(model)
@@ -112,13 +113,15 @@ class LocalDensity:
         """log p(u) and log p(x, u), by datum, from one run of the model: each `(S, *data)`."""
         values, ladj = self.constrain(u)
         trace = self._run(poutine.condition(self.model, data=values), len(u))
-        latent = [s for n, s in _sample_sites(trace) if n in self.sites]
-        rest = [s for n, s in _sample_sites(trace) if n not in self.sites]
+        latent = [s for n, s in sample_sites(trace) if n in self.sites]
+        rest = [s for n, s in sample_sites(trace) if n not in self.sites]
         prior = self.by_datum(latent, len(u)) + ladj
         joint = prior + self.by_datum(rest, len(u))
-        return nan_to_zero_density(prior), nan_to_zero_density(joint)
+        return prior.nan_to_num(-torch.inf, torch.inf, -torch.inf), joint.nan_to_num(
+            -torch.inf, torch.inf, -torch.inf
+        )
 
-    def with_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, u) `(S, *data)` and its gradient `(S, *data, D)`; where one is not finite, -inf and 0."""
         return value_and_gradient(self, u)
 
@@ -136,14 +139,14 @@ class LocalDensity:
         """
         trace = self._run(self.on_these_data(guide), num)
         u, ladj = self.unconstrain(self._values(trace), num)
-        return u, self.by_datum([site for _, site in _sample_sites(trace)], num) + ladj
+        return u, self.by_datum([site for _, site in sample_sites(trace)], num) + ladj
 
     def log_guide(self, guide: Program, u: Tensor) -> Tensor:
         """log q(u) by datum, of a guide without auxiliary sites, at any u: `(S, *data, D)` -> `(S, *data)`."""
         values, ladj = self.constrain(u)
         trace = self._run(poutine.condition(self.on_these_data(guide), data=values), len(u))
-        log_q = self.by_datum([site for _, site in _sample_sites(trace)], len(u)) + ladj
-        return nan_to_zero_density(log_q)
+        log_q = self.by_datum([site for _, site in sample_sites(trace)], len(u)) + ladj
+        return log_q.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
     def _run(self, program: Program, num: int) -> Trace:
         program = in_particles(program, num, self.nesting)
@@ -255,7 +258,7 @@ def local_density(
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     latents = {
         name: site
-        for name, site in _sample_sites(model_trace)
+        for name, site in sample_sites(model_trace)
         if not site["is_observed"] and not site_is_subsample(site)
     }
     missing = sorted(latents.keys() - guide_trace.nodes.keys())
@@ -270,9 +273,9 @@ def local_density(
             "latents by poutine.condition(model, data={...})"
         )
     density = LocalDensity(
-        model, args, kwargs, plates=plates, nesting=_nesting(model_trace, guide_trace)
+        model, args, kwargs, plates=plates, nesting=nesting_of(model_trace, guide_trace)
     )
-    reason = why_not_vectorized(model, guide, args, kwargs)
+    reason = vectorization_error(model, guide, args, kwargs)
     if reason is not None:
         raise ValueError(f"model: expected one that runs many particles at once: {reason}")
     _check_outside(density, guide)
@@ -282,14 +285,14 @@ def local_density(
 @torch.no_grad()
 def _check_outside(density: LocalDensity, guide: Program) -> None:
     trace = density._run(density.on_these_data(guide), 3)
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         if not density.plates <= _frames(site).keys() and not _has_no_density(site):
             raise ValueError(
                 f"site {name!r} of the guide lies outside of the plates {sorted(density.plates)} of the latents: "
                 "expected log q by datum"
             )
     trace = density._run(poutine.condition(density.model, data=density._values(trace)), 3)
-    for name, site in _sample_sites(trace):
+    for name, site in sample_sites(trace):
         if density.plates <= _frames(site).keys() or _has_no_density(site):
             continue
         by_particle = site["log_prob"].expand(3, *site["log_prob"].shape[1:]).reshape(3, -1)

@@ -145,7 +145,7 @@ def _step(
 ) -> Tensor:
     """One step; the mean bound of a datum before it."""
     u, log_q = q.draw(num_particles)
-    log_p, gradient = density.with_gradient(u)
+    log_p, gradient = density.value_and_gradient(u)
     usable = log_p.isfinite() & log_q.isfinite()
     # The gradient of the model is taken at u alone, so that no graph reaches its parameters.
     surrogate = (gradient * u).sum(-1) - log_q

@@ -16,7 +16,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
-from ._latents import Latent
+from ..programs import Latent
 
 Program = Callable[..., Any]
 

@@ -12,9 +12,9 @@ from typing_extensions import Self
 
 from ..distributions._normal import draw_by, log_normal_by
 from ..nn import MLP
+from ..programs import LogJoint
 from ..transforms import ElementwiseAffine, Leapfrog, Whitening
 from ._augmented import AugmentedFlow
-from ._log_density import JointDensity
 
 # A run of the model in a batch must come to what its runs one by one do: see `ModelPotential.attach`.
 NUM_CHECKED, RTOL, ATOL = 3, 1e-4, 1e-3
@@ -31,9 +31,9 @@ class ModelPotential(nn.Module):
     def __init__(self, whitening: Whitening):
         super().__init__()
         self._whitening = (whitening,)  # in a tuple: it is a part of the flow already
-        self._density: JointDensity | None = None
+        self._density: LogJoint | None = None
 
-    def attach(self, density: JointDensity) -> None:
+    def attach(self, density: LogJoint) -> None:
         """Takes this density of y for -U. Raises `ValueError` for one that gives another value at every call."""
         name = "the potential of a Hamiltonian guide is the model's log joint, one function of its latents"
         if density.subsampled:
@@ -41,16 +41,10 @@ class ModelPotential(nn.Module):
                 f"{name}; under the subsampled plates {density.subsampled} it is another in every run: set the guide "
                 "up on the full data, or use AutoFlow, which needs no gradient of the model"
             )
-        if density.noise:
-            raise ValueError(
-                f"{name}; the model also draws {density.noise}, which this guide does not know: give it all latents "
-                "of the model, condition those sites on data, or marginalise them; or use AutoFlow"
-            )
         with torch.no_grad():
             loc, scale_tril = self._whitening[0].loc, self._whitening[0].scale_tril
             noise = torch.randn(NUM_CHECKED, len(loc), dtype=loc.dtype, device=loc.device)
             points = loc + noise @ scale_tril.mT
-            density.vectorized = False
             rows, again = density(points), density(points)
             if not torch.allclose(rows, again, rtol=1e-5, atol=1e-6):
                 raise ValueError(
@@ -58,11 +52,6 @@ class ModelPotential(nn.Module):
                     "random in the model and no sample site (dropout, torch.randn, sites hidden by poutine.block), or "
                     "use AutoFlow"
                 )
-            density.vectorized = True
-            try:
-                density.vectorized = torch.allclose(density(points), rows, rtol=RTOL, atol=ATOL)
-            except (RuntimeError, ValueError, IndexError, NotImplementedError):
-                density.vectorized = False
         self._density = density
 
     def forward(self, z: Tensor) -> Tensor:

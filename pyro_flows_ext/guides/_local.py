@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from ..distributions._tensors import map_tensors
-from ._latents import Latent, check_continuous, check_inside
+from ..programs import Latent, check_continuous, check_inside
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..ops import quantiles as elementwise_quantiles
+from ..programs import JacobianDelta, constrain, unconstrain
 from ..transforms import ConditionalElementwiseAffine
 from ..transforms.compose import at_context
 from ._conditional import ConditionalFactory, conditional_flow, placed
 from ._data_plate import DataPlate, find_plate, indices_are_given
-from ._latents import Image, constrain, unconstrain
 from ._local import LocalLatent, check_same, read_latents
 from ._module import PortableGuide
 from ._prototype import argument_shapes, slim
@@ -221,7 +221,7 @@ class AutoAmortizedFlow(PortableGuide):
         base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
         return dist.TransformedDistribution(base, at_context(self.transform, context))
 
-    def _latents_of(self, vector: Tensor) -> Iterator[tuple[LocalLatent, Image]]:
+    def _latents_of(self, vector: Tensor) -> Iterator[tuple[LocalLatent, JacobianDelta]]:
         """The latents, constrained, in draws of the posterior."""
         return constrain(vector[..., : self.latent_dim], self._latents)
 

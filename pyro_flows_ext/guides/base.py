@@ -15,6 +15,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..ops import quantiles as elementwise_quantiles
+from ..programs import (
+    JacobianDelta,
+    Latent,
+    check_continuous,
+    check_inside,
+    constrain,
+    read_latent,
+    unconstrain,
+)
 from ..transforms import (
     ComposeFlow,
     ElementwiseAffine,
@@ -31,15 +40,6 @@ from ..transforms import (
     sylvester,
 )
 from ..transforms.affine import check_whitening
-from ._latents import (
-    Image,
-    Latent,
-    check_continuous,
-    check_inside,
-    constrain,
-    read_latent,
-    unconstrain,
-)
 from ._module import PortableGuide
 from ._prototype import argument_shapes, extent, slim
 from .initialization import init_to_median
@@ -240,7 +240,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._check_arguments(args, kwargs)
         if torch.is_grad_enabled():
             self._check_param_store()
-        with _Images():
+        with _JacobianDeltas():
             return super().forward(*args, **kwargs)
 
     @torch.no_grad()
@@ -310,9 +310,9 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._known_shapes.add(shapes)
 
 
-class _Images(Messenger):
-    """Has `TraceMeanField_ELBO` count the Jacobians that AutoContinuous keeps in its `Delta` sites: see `Image`."""
+class _JacobianDeltas(Messenger):
+    """Has `TraceMeanField_ELBO` count the Jacobians that AutoContinuous keeps in its `Delta` sites: see `JacobianDelta`."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]) is dist.Delta:
-            msg["fn"] = Image(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)
+            msg["fn"] = JacobianDelta(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..programs import LogJoint
 from ..transforms import FlowTransform, Leapfrog, Whitening
 from ..transforms.hamiltonian import Tempering
 from ._augmented import AugmentedGuide
 from ._hamiltonian import HamiltonianFlow, ModelPotential
-from ._log_density import JointDensity
 from .base import GuideOptions
 
 # Draws at a time: the dynamics of each run the whole model.
@@ -89,7 +89,7 @@ class AutoHamiltonian(AugmentedGuide):
 
         The latents must be those that the guide was set up on. Raises `ValueError` for a log joint that is random.
         """
-        density = JointDensity(model, self._sites(), args, kwargs)
+        density = LogJoint(model, args, kwargs, latents=self._latents())
         self._flow.leapfrog.potential.attach(density)
         self._program = (model,)
 

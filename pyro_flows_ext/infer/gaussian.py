@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .log_density import LogDensity
+from ..programs import LogJoint
 
 # Curvatures below this share of the largest one are rounding: no direction is taken to be wider than their inverse says.
 LEAST_CURVATURE = 1e-10
@@ -31,7 +31,7 @@ class Gaussian:
         """Draws from standard normal noise: `(N, D)` -> `(N, D)`."""
         return self.loc + noise @ self.scale_tril.mT
 
-    def elbo(self, target: LogDensity, noise: Tensor) -> float:
+    def elbo(self, target: LogJoint, noise: Tensor) -> float:
         """The mean of log p - log q over draws from the given noise `(N, D)`, in nats; -inf where p vanishes."""
         with torch.no_grad():
             bound = (target(self.draw(noise)) - self.log_prob_of(noise)).mean().item()
@@ -46,7 +46,7 @@ class Gaussian:
 
 
 def fit_gaussian(
-    target: LogDensity,
+    target: LogJoint,
     start: Gaussian,
     *,
     full_rank: bool,
@@ -74,7 +74,7 @@ def fit_gaussian(
         noise = torch.randn(num_particles, D, dtype=m.dtype, device=m.device)
         scale = T.tril(-1) + torch.diag(log_s.exp())
         w = m + noise @ scale.mT  # whitened by the start
-        value, gradient = target.with_gradient(start.draw(w.detach()))
+        value, gradient = target.value_and_gradient(start.draw(w.detach()))
         # The path derivative of log p - log q at w: noise = scale⁻¹ (w - m), so that -∇ log q = scale⁻ᵀ noise.
         path = gradient @ start.scale_tril
         path = path + torch.linalg.solve_triangular(scale.detach(), noise, upper=False, left=False)
@@ -89,7 +89,7 @@ def fit_gaussian(
         return Gaussian(start.draw(m.unsqueeze(0))[0], start.scale_tril @ scale)
 
 
-def climb(target: LogDensity, start: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def climb(target: LogJoint, start: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The points of an L-BFGS ascent from `start` `(D)`, and the gradients there. The last one is the best.
 
     Empty where the density vanishes at the start.
@@ -99,7 +99,7 @@ def climb(target: LogDensity, start: Tensor) -> tuple[list[Tensor], list[Tensor]
     seen: dict[bytes, Tensor] = {}
 
     def negative(u):  # type: ignore[no-untyped-def]
-        value, gradient = target.with_gradient(torch.as_tensor(u).to(start).unsqueeze(0))
+        value, gradient = target.value_and_gradient(torch.as_tensor(u).to(start).unsqueeze(0))
         seen[u.tobytes()] = gradient[0]
         height = value.item()
         return (-height if math.isfinite(height) else WALL), -gradient[0].double().cpu().numpy()
@@ -122,7 +122,7 @@ def climb(target: LogDensity, start: Tensor) -> tuple[list[Tensor], list[Tensor]
     return points, gradients
 
 
-def laplace(target: LogDensity, mode: Tensor) -> Gaussian | None:
+def laplace(target: LogJoint, mode: Tensor) -> Gaussian | None:
     """N(mode, (-∇² log p)⁻¹); None where the curvature is not that of a maximum, or not finite."""
     H = -target.hessian(mode)
     if not bool(H.isfinite().all()):
@@ -137,7 +137,7 @@ def laplace(target: LogDensity, mode: Tensor) -> Gaussian | None:
 
 
 def pathfinder(
-    target: LogDensity, points: Sequence[Tensor], gradients: Sequence[Tensor]
+    target: LogJoint, points: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Gaussian | None:
     """The Gaussian of the highest ELBO among the quadratic approximations that L-BFGS makes on its way to a mode.
 

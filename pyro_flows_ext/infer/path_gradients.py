@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..programs import is_delta
 from ..transforms import FlowTransform
 from ..transforms._iterative import ITERATIVE
 from ..transforms.base import InverseFlow
@@ -53,13 +54,6 @@ class CutMessenger(Messenger):
         msg.update(value=cut, fn=fn, done=True)
         if cut is not live:
             self.live[msg["name"]], self.cuts[msg["name"]] = live, cut
-
-
-def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a `Delta`, under whatever masks and event dimensions."""
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
 
 
 class _Known(dist.TorchDistribution):

@@ -20,14 +20,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..guides import AutoFlow
+from ..programs import Program, nonfinite_ignored, plate_nesting, vectorization_error
 from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded, warn_of_skipped
 from .compiled.arguments import Call, parameters_met
 from .compiled.refusal import Refusal
 from .compiled.training import CompiledTraining, Timing
 from .compiled.updates import Owner, owner_in
 from .importance import ImportanceWeightedELBO
-from .log_density import nonfinite_ignored
-from .particles import Program, plate_nesting, why_not_vectorized
 from .warm_start import WarmStart
 from .warm_start import warm_start as find_warm_start
 
@@ -114,9 +113,9 @@ def fit(
         start = time.perf_counter()
         is_new = _set_up(guide, args, kwargs)
         begun = None
-        why_not = functools.cache(lambda: why_not_vectorized(model, guide, args, kwargs))
+        why_not = functools.cache(lambda: vectorization_error(model, guide, args, kwargs))
         if warm_start is True or (warm_start == "auto" and is_new and isinstance(guide, AutoFlow)):
-            begun = find_warm_start(model, guide, *args, model_kwargs=kwargs, why_not=why_not)  # type: ignore[arg-type]
+            begun = find_warm_start(model, guide, *args, model_kwargs=kwargs)  # type: ignore[arg-type]
         if loss is None:
             loss = _elbo(model, guide, args, kwargs, num_particles, why_not)
         timing = Timing(num_steps, compile)

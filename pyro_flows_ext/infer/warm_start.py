@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..guides import AutoFlow
+from ..programs import LogJoint, Program
 from .gaussian import Gaussian, climb, fit_gaussian, laplace, pathfinder
-from .log_density import LogDensity
-from .particles import Program, why_not_vectorized
 
 # L-BFGS starts: the guide's own location, and this many less one around it (as wide as Stan's).
 NUM_PATHS, PATH_SPREAD = 4, 2.0
@@ -41,7 +40,6 @@ def warm_start(
     guide: AutoFlow,
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
-    why_not: Callable[[], str | None] | None = None,
 ) -> WarmStart:
     """Finds a Gaussian near the posterior and whitens `guide` with it, so that the flow trains on what is left.
 
@@ -52,8 +50,7 @@ def warm_start(
     not reach badly scaled posteriors.
 
     Sets the guide up where it is not. Under a subsampled plate, where the log joint is random, only the gradient runs
-    are made. `why_not`: says why particles cannot run at once, or None, where the caller knows; by default that is
-    found out here. Raises `TypeError` for a guide that cannot be whitened, `ValueError` when no candidate has a finite ELBO.
+    are made. Raises `TypeError` for a guide that cannot be whitened, `ValueError` when no candidate has a finite ELBO.
     Cost: about 2000 evaluations of the model with 32 particles, and as many single ones.
     """
     if not isinstance(guide, AutoFlow):
@@ -63,8 +60,7 @@ def warm_start(
     kwargs = dict(model_kwargs or {})
     if guide.prototype_trace is None:
         guide.setup(*args, **kwargs)
-    reason = why_not_vectorized(model, guide, args, kwargs) if why_not is None else why_not()
-    target = LogDensity(model, guide._sites(), args, kwargs, vectorized=reason is None)
+    target = LogJoint(model, args, kwargs, latents=guide._latents())
     start = guide.whitening
     search = _Search(target, Gaussian(start.loc.clone(), start.scale_tril.clone()))
     search.run()
@@ -76,7 +72,7 @@ def warm_start(
 class _Search:
     """Candidates and their ELBOs, over the same draws."""
 
-    def __init__(self, target: LogDensity, start: Gaussian):
+    def __init__(self, target: LogJoint, start: Gaussian):
         self.target, self.start = target, start
         like = start.loc
         self.noise = torch.randn(NUM_DRAWS, len(like), dtype=like.dtype, device=like.device)

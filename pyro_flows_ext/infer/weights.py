@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..distributions import check_guide_site
-from .particles import PARTICLES
-from .path_gradients import is_delta
+from ..programs import PARTICLES, is_delta
 
 Plate = tuple[str, int | None]  # name and dimension; None for a plate that is a loop
 Scale = float | Tensor

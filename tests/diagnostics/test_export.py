@@ -1,4 +1,7 @@
+import errno
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 from pyro_flows_ext.diagnostics import save_netcdf, to_inference_data
-from pyro_flows_ext.infer.particles import why_not_vectorized
+from pyro_flows_ext.programs import vectorization_error
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ 0.23 announces 1.x on import
@@ -49,6 +52,18 @@ def export(model: Any, *args: Any, **kwargs: Any) -> Any:
 def groups(data: Any) -> set[str]:
     names = data.groups() if callable(data.groups) else data.groups
     return {name.strip("/") for name in names} - {""}
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A disk on which no file grows beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 GROUPS = {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data"}
@@ -125,7 +140,7 @@ def test_predictions_belong_to_their_draw(model: Any, num_samples: int) -> None:
     """With noise of 1e-3, new data show which draw they came from; 4 draws are as many as schools."""
     guide = AutoNormal(model)
     guide()
-    assert (why_not_vectorized(model, guide) is None) == (model is batched_schools)
+    assert (vectorization_error(model, guide) is None) == (model is batched_schools)
     data = to_inference_data(guide, model, num_samples=num_samples)
     mean = data["posterior"]["mu"].values + data["posterior"]["slope"].values.sum(-1)
     predicted = data["posterior_predictive"]["y"]
@@ -278,6 +293,32 @@ def test_netcdf_round_trip(tmp_path: Path) -> None:
             assert again[group][name].dims == value.dims
     with pytest.raises(TypeError, match="got dict"):
         save_netcdf({}, tmp_path / "none.nc")  # type: ignore[arg-type]
+
+
+def test_netcdf_that_does_not_fit_leaves_the_earlier_file(tmp_path: Path) -> None:
+    path = tmp_path / "draws.nc"
+    save_netcdf(export(schools), path)
+    before = path.read_bytes()
+    data = export(schools, num_samples=2000)
+    with file_size_limit(50_000), pytest.raises(OSError, match=r"draws\.nc") as caught:
+        save_netcdf(data, path)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["draws.nc"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limit", "expected"),
+    [(True, 119, True), (False, 120, False), ("auto", 120, True), ("auto", 119, False)],
+)
+def test_log_likelihood_is_left_out(
+    wanted: bool | str, limit: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyro_flows_ext.diagnostics.export.MAX_LOG_LIKELIHOOD", limit)
+    data = export(schools, log_likelihood=wanted)  # 30 draws, 4 rows
+    assert ("log_likelihood" in groups(data)) == expected
+    with pytest.raises(ValueError, match="log_likelihood: expected True, False or .auto., got 3"):
+        export(schools, log_likelihood=3)
 
 
 def test_arviz_can_use_it() -> None:

@@ -62,7 +62,7 @@ def test_without_plates_all_is_one_datum():
 def test_gradient():
     density = local_density(nested, nested_guide, (), {})
     u = torch.randn(2, 3, 5)
-    value, gradient = density.with_gradient(u)
+    value, gradient = density.value_and_gradient(u)
     leaf = u.clone().requires_grad_()
     log_joint(leaf).sum().backward()
     torch.testing.assert_close(gradient, leaf.grad)
@@ -151,7 +151,7 @@ def test_nan_is_no_density():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.factor("wall", torch.where(z < -4, torch.nan, 0.0))
 
-    value, gradient = LocalDensity(model, plates=("data",)).with_gradient(
+    value, gradient = LocalDensity(model, plates=("data",)).value_and_gradient(
         torch.tensor([[[1.0], [-5.0]]])
     )
     assert value.isfinite().tolist() == [[True, False]]

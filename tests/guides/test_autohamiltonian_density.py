@@ -29,7 +29,7 @@ from pyro_flows_ext.diagnostics import importance
 from pyro_flows_ext.guides import AutoHamiltonian
 from pyro_flows_ext.guides._hamiltonian import HamiltonianFlow
 from pyro_flows_ext.infer import ImportanceWeightedELBO, fit
-from pyro_flows_ext.infer.particles import draw_particles
+from pyro_flows_ext.programs import draw_particles
 from pyro_flows_ext.testing import POINTS
 from pyro_flows_ext.transforms import Leapfrog, Whitening
 

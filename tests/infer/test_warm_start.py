@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_flows_ext.guides import AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import fit, warm_start
 from pyro_flows_ext.infer.gaussian import Gaussian, climb, fit_gaussian, laplace, pathfinder
-from pyro_flows_ext.infer.log_density import LogDensity
+from pyro_flows_ext.programs import LogJoint
 
 LOC = torch.tensor([300.0, -2.0, 0.05], dtype=torch.float64)
 SCALE_TRIL = torch.tensor([[50.0, 0, 0], [1.0, 2.0, 0], [0.01, -0.02, 0.001]], dtype=torch.float64)
@@ -54,7 +54,7 @@ def wide(dim=200):
 def target_of(model, *args, **options):
     guide = AutoPlanar(model, num_layers=1)
     guide.setup(*args)
-    return LogDensity(model, guide._sites(), args, **options)
+    return LogJoint(model, args, latents=guide._latents(), **options)
 
 
 def unit(target):
@@ -65,15 +65,16 @@ def unit(target):
 # --- the density ---
 
 
-@pytest.mark.parametrize("vectorized", [True, False], ids=["batch", "rows"])
-def test_log_density_is_the_models(vectorized):
+@pytest.mark.parametrize("method", ["handlers", "vmap", "loop"])
+def test_log_density_is_the_models(method):
     def model():
         tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
         with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3):
             theta = pyro.sample("theta", dist.Normal(0.0, tau))
             pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.ones(2, 3))
 
-    target = target_of(model, vectorized=vectorized)
+    target = target_of(model)
+    target.method = method
     torch.manual_seed(0)
     u = torch.randn(4, target.dim)
     tau, theta = u[:, 0].exp(), u[:, 1:].reshape(4, 2, 3)
@@ -88,7 +89,7 @@ def test_hessian_and_gradient():
     precision = torch.cholesky_inverse(SCALE_TRIL)
     u = LOC + torch.randn(3, dtype=torch.float64)
     torch.testing.assert_close(target.hessian(u), -precision)
-    value, gradient = target.with_gradient(u.unsqueeze(0))
+    value, gradient = target.value_and_gradient(u.unsqueeze(0))
     torch.testing.assert_close(gradient[0], -precision @ (u - LOC))
     torch.testing.assert_close(
         value[0], dist.MultivariateNormal(LOC, scale_tril=SCALE_TRIL).log_prob(u)
@@ -96,7 +97,7 @@ def test_hessian_and_gradient():
 
 
 def test_a_value_without_density_is_told_and_has_no_gradient():
-    value, gradient = target_of(walled).with_gradient(torch.tensor([[0.0], [5.0]]))
+    value, gradient = target_of(walled).value_and_gradient(torch.tensor([[0.0], [5.0]]))
     assert value.isfinite().tolist() == [True, False]
     assert value[1] == -math.inf
     assert gradient[1] == 0

@@ -44,12 +44,14 @@ class StepProgram:
         self.inputs = [
             t.detach() for t in self.fixed
         ]  # aliases, which no graph of autograd follows
-        _check_memory([*self.params, *updates.tensors], [*traced.others, *arguments])
+        written = [traced.others[i] for i in traced.written_others]
+        unwritten = [t for i, t in enumerate(traced.others) if i not in traced.written_others]
+        _check_memory([*self.params, *updates.tensors, *written], unwritten)
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.numbers = torch.zeros(num_steps, updates.width, dtype=torch.float64)
         self.rows = self.numbers.numpy()  # in the same memory
         self.size = torch.tensor(num_steps, device=self.device)  # of a call
-        self.places = [t.data_ptr() for t in self.fixed]
+        self.places = [(t.data_ptr(), t.shape, t.stride()) for t in self.fixed]
         self.steps_seen = -1  # how many steps there had been, by whatever program, after its last
         self.trainable = [p.requires_grad for p in self.params]
         counts = [len(self.params), len(updates.tensors), len(traced.others), len(arguments)]
@@ -75,7 +77,7 @@ class StepProgram:
     def is_current(self, others_stepped: bool) -> bool:
         """Whether all tensors lie where the program writes and reads, with optimizers that it suits."""
         return (
-            [t.data_ptr() for t in self.fixed] == self.places
+            [(t.data_ptr(), t.shape, t.stride()) for t in self.fixed] == self.places
             and [p.requires_grad for p in self.params] == self.trainable
             and self.updates.is_current(others_stepped)
         )
@@ -102,8 +104,7 @@ class StepProgram:
         self.rows[:size] = self.updates.numbers(size)
         if self.loops:
             self.size.fill_(size)
-        given = [t.detach() if t.requires_grad else t for t in arguments]
-        changing = [*given, self.numbers.to(self.device), self.size]
+        changing = [*arguments, self.numbers.to(self.device), self.size]
         if self.with_beta:
             rows = [*betas, *[math.nan] * (self.num_steps - size)]
             changing.append(torch.tensor(rows, dtype=self.dtype, device=self.device))
@@ -114,7 +115,9 @@ def _check_memory(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     """Raises `Refusal` where what is written shares memory with another input: compilers get that wrong."""
     counts = Counter(t.untyped_storage().data_ptr() for t in (*written, *read) if t.numel())
     if any(counts[t.untyped_storage().data_ptr()] > 1 for t in written):
-        raise Refusal("a parameter shares its memory with another tensor that the program reads")
+        raise Refusal(
+            "a parameter, or a buffer that the program writes into, shares its memory with another tensor that it reads"
+        )
 
 
 def _compile(graph: GraphModule, example: list[Tensor], backend: Backend) -> Callable[..., Any]:

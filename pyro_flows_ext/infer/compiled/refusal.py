@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +33,23 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 class Refusal(Exception):
     """Why a program is not compiled."""
+
+
+def check_plain(tensor: Tensor, what: str, where: Callable[[], str] = str) -> None:
+    """Raises `Refusal` unless a tensor is a dense, strided one, which a graph can have as an input."""
+    kind = None
+    if type(tensor) not in (Tensor, nn.Parameter):
+        kind = f"of the class {type(tensor).__name__}"
+    elif tensor.is_nested:
+        kind = "nested"
+    elif tensor.layout is not torch.strided:
+        kind = f"of the layout {tensor.layout}"
+    elif tensor.is_quantized:
+        kind = "quantized"
+    elif tensor.is_neg() or tensor.is_conj():
+        kind = "a lazily negated or conjugated view"
+    if kind is not None:
+        raise Refusal(f"{what} is {kind}; compiled steps take dense, strided tensors{where()}")
 
 
 @contextmanager
@@ -57,6 +74,10 @@ class _Reads(TorchDispatchMode):
             raise Refusal(
                 f"a shape depends on values, by a boolean index or {func.overloadpacket.__name__}{_where()}"
             )
+        for arg in args:
+            for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(tensor, Tensor):
+                    check_plain(tensor, "a tensor that the program reads", _where)
         return func(*args, **(kwargs or {}))
 
 

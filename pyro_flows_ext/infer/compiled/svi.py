@@ -14,15 +14,19 @@ from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from ..particles import Program
+from ...programs import Program
 from .arguments import Call, parameters_met, read_arguments
-from .kind import Kind
 from .program import Backend, StepProgram
 from .refusal import Refusal
+from .signature import CompiledSignature
 from .updates import owner_in
 
 # So many graphs are made, each of which takes seconds to compile; for more kinds of arguments steps are eager.
 MAX_GRAPHS = 8
+
+
+class _Conflict(Refusal):
+    """A refusal of these arguments, and not of others with the same signature."""
 
 
 class CompiledSVI:
@@ -59,7 +63,7 @@ class CompiledSVI:
         self.loss: Any = loss
         self.steps_per_call, self.backend = int(steps_per_call), backend
         self._eager = SVI(model, guide, optim, loss)
-        self._kinds: dict[Hashable, Kind] = {}
+        self._signatures: dict[Hashable, list[CompiledSignature]] = {}
         self._graphs, self._steps = 0, 0
         self._why_not: str | None = None
 
@@ -86,7 +90,7 @@ class CompiledSVI:
 
     def retrace(self) -> None:
         """Forgets all graphs: for when something has changed that they have as a constant."""
-        self._kinds.clear()
+        self._signatures.clear()
         self._graphs, self._why_not = 0, None
 
     # --- one call ---
@@ -100,44 +104,78 @@ class CompiledSVI:
         except Refusal as refusal:
             self._refuse(refusal)
             return [self._eager_step(args, kwargs)[0]]
-        kind = self._kinds.get(key)
-        if kind is not None and not (kind.is_refused or kind.is_current(self._steps)):
-            kind = None
-        if kind is not None and not kind.is_refused:
-            try:
-                call = Call(self.loss, self.model, self.guide, args, kwargs)
-                program = self._program(kind, most, call, arguments)
-            except Refusal as refusal:
-                kind.is_refused, program = True, None
-                self._refuse(refusal)
+        known = self._signatures.setdefault(key, [])
+        signature = next(
+            (s for s in known if s.suits(arguments) and s.is_current(self._steps)), None
+        )
+        if signature is None:
+            signature = self._with_other_aliases(known, arguments)
+        if signature is not None and not signature.is_refused:
+            program = self._program_for(signature, most, args, kwargs, arguments)
             if program is not None and program.takes(size):
-                return self._compiled_steps(kind, program, arguments, size)
+                return self._compiled_steps(signature, program, arguments, size)
         loss, params = self._eager_step(args, kwargs)
-        if kind is None:
-            self._kinds[key] = Kind(params)
+        if signature is None:
+            # Graphs of parameters that are no more will not be used again.
+            known[:] = [s for s in known if s.is_alive()]
+            known.append(CompiledSignature(params, arguments))
         return [loss]
 
-    def _program(self, kind: Kind, most: int, call: Call, arguments: list[Tensor]) -> StepProgram:
+    def _with_other_aliases(
+        self, known: list[CompiledSignature], arguments: list[Tensor]
+    ) -> CompiledSignature | None:
+        """A new signature for arguments that differ from earlier ones in their aliases only: parameters are there."""
+        for earlier in known:
+            if earlier.is_current(self._steps) and not earlier.suits(arguments):
+                known.append(CompiledSignature(earlier.params, arguments))
+                return known[-1]
+        return None
+
+    def _program_for(
+        self,
+        signature: CompiledSignature,
+        most: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        arguments: list[Tensor],
+    ) -> StepProgram | None:
+        """The program of `most` steps, or None, with a warning, where the steps have to be eager."""
+        try:
+            call = Call(self.loss, self.model, self.guide, args, kwargs)
+            if (reason := signature.conflict(arguments)) is not None:
+                raise _Conflict(reason)
+            program = self._program(signature, most, call, arguments)
+            if (reason := signature.conflict(arguments)) is not None:
+                raise _Conflict(reason)
+            return program
+        except Refusal as refusal:
+            signature.is_refused = not isinstance(refusal, _Conflict)
+            self._refuse(refusal)
+            return None
+
+    def _program(
+        self, signature: CompiledSignature, most: int, call: Call, arguments: list[Tensor]
+    ) -> StepProgram:
         """The program of `most` steps, made or checked where that is due."""
-        if kind.traced is None:
+        if signature.traced is None:
             if self._graphs == MAX_GRAPHS:
                 raise Refusal(
                     f"{MAX_GRAPHS} graphs were made, for other arguments or parameters each; pass numbers that change as "
                     "tensors, and batches of few sizes"
                 )
             self._graphs += 1
-            kind.trace(call, arguments)
-        kind.check(call, arguments)
-        if most in kind.programs:
-            return kind.programs[most]
+            signature.trace(call, arguments)
+        signature.check(call, arguments)
+        if most in signature.programs:
+            return signature.programs[most]
         owner_of = partial(owner_in, self.optim)
-        return kind.build(call, owner_of, arguments, most, self.backend)
+        return signature.build(call, owner_of, arguments, most, self.backend)
 
     def _compiled_steps(
-        self, kind: Kind, program: StepProgram, arguments: list[Tensor], size: int
+        self, signature: CompiledSignature, program: StepProgram, arguments: list[Tensor], size: int
     ) -> list[float]:
         losses = program(arguments, self.loss, size)
-        kind.calls += 1
+        signature.calls += 1
         self._steps += len(losses)
         program.steps_seen = self._steps
         for loss in filter(math.isnan, losses):

@@ -17,10 +17,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .arguments import Call
+from .arguments import Call, place, storages, unaliased, with_tensors
 from .layers import merge_layers
 from .losses import loss_and_surrogate
-from .refusal import Refusal, line_of, reads_refused
+from .refusal import Refusal, check_plain, line_of, reads_refused
 from .simplify import simplify
 
 aten = torch.ops.aten
@@ -32,15 +32,22 @@ class LossGraph:
     `merged`: the same with equal layers computed at once, which is what is compared and compiled.
 
     `others` are the tensors beside parameters and arguments that the program looked up while it ran: data that the
-    model closes over, buffers. They are inputs too, so that what is written into them is seen. `writes`: whether the
-    program itself writes into any input.
+    model closes over, buffers. They are inputs too, so that what is written into them is seen. Each argument and each of
+    the others is an input by itself, whatever memory they share at the time of tracing.
+    `written_arguments`, `written_others`: the inputs that the program itself writes into, by position.
     """
 
     graph: GraphModule
     merged: Callable[..., Any]
     others: list[Tensor]
     reached: list[bool]
-    writes: bool
+    written_arguments: list[int]
+    written_others: list[int]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the program writes into any of its inputs."""
+        return bool(self.written_arguments or self.written_others)
 
 
 def trace_loss(
@@ -48,8 +55,13 @@ def trace_loss(
 ) -> LossGraph:
     """Runs loss and gradient once and writes down what torch computes. `arguments`: the tensors among those of the call.
 
+    The program runs on copies of the arguments: of two arguments that are one tensor, or of an argument that the model
+    also closes over, the run could not tell which one an operation reads.
+
     Leaves buffers and generators as they were. Raises `Refusal` where the program does what a graph cannot.
     """
+    copies = unaliased(arguments)
+    call = with_tensors(call, copies)
 
     def run() -> tuple[Tensor, list[Tensor | None]]:
         with _unchecked(), reads_refused(), torch.enable_grad():
@@ -67,23 +79,39 @@ def trace_loss(
         except Exception as error:
             message = str(error).strip().split("\n")[0]
             raise Refusal(f"{type(error).__name__}: {message}{line_of(error)}") from error
-    given = [*params, *arguments, *(() if beta is None else (beta,))]
-    others = _lift(graph, given)
+    given = [*params, *copies, *(() if beta is None else (beta,))]
+    others = _lift(graph, given, storages(copies))
     [output] = [node for node in graph.graph.nodes if node.op == "output"]
     value, grads = output.args[0]
     output.args = ((value, *(g for g in grads if g is not None)),)
     simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    writes = written.reaches([*given, *others])
+    written_memory = storages([alias for _, alias, _ in written.kept.values()])
+    if written_memory & storages(params):
+        raise Refusal("the program writes into a parameter")
     with unchanged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of batches that are taken one by one
         merged = merge_layers(graph, [*given, *others])
-    return LossGraph(graph, merged, others, [g is not None for g in grads], writes)
+    reached = [g is not None for g in grads]
+    return LossGraph(
+        graph,
+        merged,
+        others,
+        reached,
+        [i for i, t in enumerate(copies) if storages([t]) & written_memory],
+        [i for i, t in enumerate(others) if storages([t]) & written_memory],
+    )
 
 
-def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
-    """Makes inputs of the tensors that the graph holds: those `given`, and others, which are returned."""
+def _lift(graph: GraphModule, given: Sequence[Tensor], copied: set[int]) -> list[Tensor]:
+    """Makes inputs of the tensors that the graph holds: those `given`, and others, which are returned.
+
+    A tensor made by `.data` is no object that is known, and is identified by its place. `copied`: the storages of the
+    copies of arguments, which only arguments can have in this way.
+    """
+    places = {place(t): i for i, t in reversed(list(enumerate(given)))}
+    objects = {id(t): i for i, t in enumerate(given)}
     nodes = [n for n in graph.graph.nodes if n.op == "get_attr"]
     with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
         inputs = [graph.graph.placeholder(f"given_{i}") for i in range(len(given))]
@@ -92,8 +120,17 @@ def _lift(graph: GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
             value = getattr(graph, node.target)
             if not isinstance(value, Tensor) or _is_number(node, value):
                 continue
-            index = next((i for i, t in enumerate(tensors) if _is_same(value, t)), len(tensors))
+            check_plain(value, "a tensor that the program reads")
+            index = objects.get(id(value), places.get(place(value), len(tensors)))
             if index == len(tensors):
+                if value.requires_grad:
+                    raise Refusal(
+                        f"a tensor of shape {tuple(value.shape)} that the program reads requires a gradient and is no "
+                        "parameter of it; register it by pyro.param or pyro.module, or turn requires_grad off"
+                    )
+                if storages([value]) & copied:
+                    raise Refusal("the program reads a part of an argument past torch's operations")
+                objects[id(value)] = index
                 inputs.append(graph.graph.placeholder(f"other_{index - len(given)}"))
                 tensors.append(value)
             node.replace_all_uses_with(inputs[index])
@@ -106,18 +143,6 @@ def _is_number(node: Node, value: Tensor) -> bool:
     """Whether a constant was a number of Python until the run made a tensor of it, so that nobody else can hold it."""
     return value.dim() == 0 and all(
         user.target is aten.lift_fresh_copy.default for user in node.users
-    )
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, or aliases over the same elements."""
-    return a is b or (
-        a.numel() > 0
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.device == b.device
-        and a.data_ptr() == b.data_ptr()
     )
 
 
@@ -194,12 +219,6 @@ class _Keeper(TorchDispatchMode):
                     alias = value.detach()  # keeps its shape, whatever is done to that of the value
                     self.kept[id(value)] = value, alias, alias.clone()
         return func(*args, **kwargs)
-
-    def reaches(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the memory of any of these was written to."""
-        storages = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
-        written = (alias.untyped_storage().data_ptr() for _, alias, _ in self.kept.values())
-        return any(storage in storages for storage in written)
 
     @torch.no_grad()
     def restore(self) -> None:

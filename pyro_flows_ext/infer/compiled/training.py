@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from .arguments import Call, read_arguments
-from .kind import Kind
 from .program import Backend
 from .refusal import Refusal
+from .signature import CompiledSignature
 from .updates import Owner
 
 # Whether compiling pays is seen after so many eager steps, and it does where those left would take so many seconds.
@@ -54,18 +54,26 @@ class CompiledTraining:
     ):
         self.call = call
         _, self.arguments = read_arguments(call.args, call.kwargs)
-        self.kind = Kind({name: p for name, p in params.items() if p.requires_grad})
-        self.kind.trace(call, self.arguments)
-        self.program = self.kind.build(call, owner_of, self.arguments, 1, backend, clip_norm)
+        self.signature = CompiledSignature(
+            {name: p for name, p in params.items() if p.requires_grad}, self.arguments
+        )
+        self._check_memory()
+        self.signature.trace(call, self.arguments)
+        self.program = self.signature.build(call, owner_of, self.arguments, 1, backend, clip_norm)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if (reason := self.signature.conflict(self.arguments)) is not None:
+            raise Refusal(reason)
 
     def step(self) -> float | None:
         """The loss before the update, or None (and no update) if it or its gradient is not finite.
 
         Raises `Refusal`, before anything is done, where the program no longer suits model, guide or optimizer.
         """
-        self.kind.check(self.call, self.arguments)
-        if not self.kind.is_current(self.program.steps_seen):
+        self.signature.check(self.call, self.arguments)
+        if not self.signature.is_current(self.program.steps_seen):
             raise Refusal("parameters, modes of modules or settings of the optimizer have changed")
         [loss] = self.program(self.arguments, self.call.loss)
-        self.kind.calls += 1
+        self.signature.calls += 1
         return None if math.isnan(loss) else loss

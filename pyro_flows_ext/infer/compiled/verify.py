@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import pyro
 import torch
 from torch import Tensor
 
 from ..annealing import AnnealedELBO
-from .arguments import Call
+from .arguments import Call, unaliased, with_tensors
 from .refusal import Refusal
 from .tracing import LossGraph, unchanged
 
@@ -20,6 +21,8 @@ TRIALS = {1729: 0.3, 4104: 0.8}
 ATTEMPTS = 5
 # Parameters move by this times (1 + |p|) N(0, 1), or by less where the loss is not finite there.
 MOVES = (0.1, 0.01, 0.001)
+# The first two comparisons are at the arguments given, this one is at others.
+ELSEWHERE = 9271
 
 
 def verify(
@@ -33,7 +36,9 @@ def verify(
 
     What a program computes outside of torch is a constant of its graph, and agrees wherever nothing has changed. So all
     changes here: parameters, draws, mini-batches, β, the seeds of all generators. Everything is as before afterwards.
-    `again`: by one comparison, which is enough to see that something has changed since the first two.
+    One more comparison is at other arguments: copies of those given, each changed in its own way, so that no two are
+    aliases. It is left out where the program raises or is not finite there.
+    `again`: by one comparison at the arguments given, which is enough to see that something has changed.
     """
     leaves = list(params.values())
     for first_seed, at in list(TRIALS.items())[again:]:
@@ -51,7 +56,44 @@ def verify(
         with unchanged():
             _move(leaves, move, seed)
             got = _by_graph(traced, leaves, arguments, beta)
-        _compare(["the loss", *(f"the gradient of {name!r}" for name in params)], expected, got)
+        _compare(params, expected, got)
+    if arguments and not again:
+        _verify_elsewhere(traced, call, params, arguments)
+
+
+def _verify_elsewhere(
+    traced: LossGraph, call: Call, params: Mapping[str, Tensor], arguments: Sequence[Tensor]
+) -> None:
+    leaves = list(params.values())
+    beta = 0.5 if isinstance(call.loss, AnnealedELBO) else None
+    expected: list[Tensor | None] = []
+    changed = [_changed(arguments) for _ in range(2)]  # the program may write into them
+    # The program may raise anything at data that it was not written for. The comparisons at the data given hold.
+    with unchanged(), suppress(Exception):
+        _move(leaves, MOVES[-1], ELSEWHERE)
+        expected = _by_handlers(with_tensors(call, changed[0]), beta, leaves)
+    if not expected or not all(bool(v.isfinite().all()) for v in expected if v is not None):
+        return
+    with unchanged():
+        _move(leaves, MOVES[-1], ELSEWHERE)
+        got = _by_graph(traced, leaves, changed[1], beta)
+    _compare(params, expected, got)
+
+
+def _changed(arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Copies with rows in another order, by another shift for each, or, of single numbers, on another scale.
+
+    So each keeps its support.
+    """
+    copies = unaliased(arguments)
+    for i, (tensor, copy) in enumerate(zip(arguments, copies, strict=True), 1):
+        if 0 in tensor.stride():  # its rows are one
+            copy.as_strided((1,), (1,)).mul_(0.9**i if tensor.dtype.is_floating_point else 1)
+        elif tensor.dim() > 0 and len(tensor) > 1:
+            copy.copy_(tensor.roll(i % len(tensor) or 1, 0))
+        elif tensor.dtype.is_floating_point:
+            copy.mul_(0.9**i)
+    return copies
 
 
 def _move(params: Sequence[Tensor], move: float, seed: int) -> None:
@@ -94,8 +136,11 @@ def _by_graph(
 
 
 def _compare(
-    what: Sequence[str], expected: Sequence[Tensor | None], got: Sequence[Tensor | None]
+    params: Mapping[str, Tensor],
+    expected: Sequence[Tensor | None],
+    got: Sequence[Tensor | None],
 ) -> None:
+    what = ["the loss", *(f"the gradient of {name!r}" for name in params)]
     for name, a, b in zip(what, expected, got, strict=True):
         if a is None and b is None:
             continue

@@ -1,8 +1,8 @@
-"""Arguments of one kind: the parameters that a step with them meets, its graph, and the programs made of it."""
+"""Calls that one graph suits: their arguments, the parameters they meet, and the programs made of the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..annealing import AnnealedELBO
-from .arguments import Call
+from .arguments import Call, aliases, storages
 from .losses import check_loss
 from .program import Backend, StepProgram
 from .refusal import Refusal
@@ -24,13 +24,14 @@ from .verify import verify
 FIRST_CHECK, FACTOR = 8, 4
 
 
-class Kind:
-    """What is known about steps with arguments of one structure, after a first one by the handlers.
+class CompiledSignature:
+    """Calls whose arguments have one structure and one pattern of aliases, after a first one by the handlers.
 
-    `params`: the unconstrained parameters by name. `is_refused`: no graph is to be made.
+    `params`: the unconstrained parameters by name. `arguments`: the tensors of a first call. `is_refused`: no graph is to
+    be made.
     """
 
-    def __init__(self, params: dict[str, Tensor]):
+    def __init__(self, params: dict[str, Tensor], arguments: Sequence[Tensor]):
         # A parameter with several names counts once.
         self.params = {name: p for p, name in {p: name for name, p in params.items()}.items()}
         self.traced: LossGraph | None = None
@@ -38,15 +39,48 @@ class Kind:
         self.training: dict[nn.Module, bool] = {}
         self.is_refused = False
         self.calls, self.next_check = 0, FIRST_CHECK
+        self._reserved = storages(list(self.params.values()))  # memory that a step writes to
+        self._closed_over: list[Tensor] = []
+        self._addresses: set[int] = set()
+        self._aliases = self._aliases_of(arguments)
+
+    # --- whether it suits a call ---
+
+    def is_alive(self) -> bool:
+        """Whether the parameters are still those of the store."""
+        store: Any = pyro.get_param_store().named_parameters()
+        return all(store.mapping.get(name) is p for name, p in self.params.items())
 
     def is_current(self, steps: int) -> bool:
         """Whether parameters, modes of modules and optimizers, after `steps` steps, are those the programs were made for."""
-        store: Any = pyro.get_param_store().named_parameters()
         return (
-            all(store.mapping.get(name) is p for name, p in self.params.items())
+            self.is_alive()
             and all(m.training is mode for m, mode in self.training.items())
             and all(p.is_current(p.steps_seen != steps) for p in self.programs.values())
         )
+
+    def suits(self, arguments: Sequence[Tensor]) -> bool:
+        """Whether arguments are aliases of each other, and of tensors that the program closes over, as in the first call."""
+        return self._aliases_of(arguments) == self._aliases
+
+    def _aliases_of(self, arguments: Sequence[Tensor]) -> Hashable:
+        if any(t.data_ptr() in self._addresses for t in arguments):
+            return aliases(arguments, self._closed_over)
+        return aliases(arguments) if len(arguments) > 1 else None
+
+    def conflict(self, arguments: Sequence[Tensor]) -> str | None:
+        """Why steps must be eager with these arguments: memory that is written to is that of an argument too."""
+        if not self._reserved.isdisjoint(storages(arguments)):
+            return "an argument shares its memory with a parameter, or with a buffer that the program writes into"
+        for i in self.traced.written_arguments if self.traced is not None else ():
+            rest = [*arguments[:i], *arguments[i + 1 :], *self._closed_over]
+            if not storages(rest).isdisjoint(storages([arguments[i]])):
+                return (
+                    "the program writes into an argument that shares its memory with another tensor"
+                )
+        return None
+
+    # --- graph and programs ---
 
     def trace(self, call: Call, arguments: Sequence[Tensor]) -> None:
         """Makes the graph, and compares it with the handlers."""
@@ -61,6 +95,10 @@ class Kind:
             called += program.modules() if isinstance(program, nn.Module) else ()
         verify(traced, call, self.params, arguments)
         self.traced, self.training = traced, {m: m.training for m in called}
+        self._closed_over = traced.others
+        self._addresses = {t.data_ptr() for t in traced.others if t.numel()}
+        self._aliases = self._aliases_of(arguments)
+        self._reserved |= storages([traced.others[i] for i in traced.written_others])
 
     def check(self, call: Call, arguments: Sequence[Tensor]) -> None:
         """Compares the graph with the handlers again when that is due. Raises `Refusal` where they differ."""
@@ -82,6 +120,7 @@ class Kind:
             raise RuntimeError("build: trace first")
         reached = list(compress(self.params.values(), self.traced.reached))
         updates = Updates(reached, [owner_of(p) for p in reached], joint_clip)
+        self._reserved |= storages(updates.tensors)
         annealed = isinstance(call.loss, AnnealedELBO)
         program = StepProgram(
             self.traced, self.params, updates, arguments, annealed, num_steps, backend

@@ -1,4 +1,4 @@
-"""Latents as values of sites, in their supports, and as one vector of real numbers."""
+"""Latent sites in their supports and as one vector of real numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
 
 
 @dataclass(frozen=True)
 class Latent:
-    """A latent site: `shape` of its values, of which the last `event_dim` dimensions are the event; some value `inside`.
+    """A continuous latent site of a model.
 
-    `unconstrained_shape` may be another than `shape`, as for a simplex.
+    `shape` is the shape of its values, with `event_dim` event dimensions on the right; `unconstrained_shape` differs
+    from it for some supports, such as a simplex. `inside` is one value within the support.
     """
 
     name: str
@@ -29,16 +31,27 @@ class Latent:
     inside: Tensor
 
 
-class Image(dist.Delta):
-    """A `Delta` at the image of a draw under a map, with minus that map's log|det| for log-density.
+class JacobianDelta(dist.Delta):
+    """A `Delta` at the image of a draw under a bijection, with log-density -log|det J|.
 
-    It counts in `TraceMeanField_ELBO` too. There Pyro takes KL(Delta, p) for -log p, and leaves out the log-density.
+    `TraceMeanField_ELBO` counts the log-density as well: Pyro's KL(Delta, p) = -log p leaves it out.
     """
 
 
-@register_kl(Image, dist.Distribution)
-def _kl_image(p: Image, q: dist.TorchDistribution) -> Tensor:
+@register_kl(JacobianDelta, dist.Distribution)
+def _kl_jacobian_delta(p: JacobianDelta, q: dist.TorchDistribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)  # type: ignore[no-any-return]
+
+
+def bijection(support: Constraint) -> Transform:
+    """The bijection from real vectors to a support."""
+    return biject_to(support)  # type: ignore[no-any-return]
+
+
+def is_constant(support: Constraint) -> bool:
+    """Whether a support has no tensors among its parameters: such a support is the same in every run of a model."""
+    parts = [v for v in vars(support).values() if isinstance(v, Tensor | Constraint)]
+    return not any(isinstance(v, Tensor) or not is_constant(v) for v in parts)
 
 
 AnyLatent = TypeVar("AnyLatent", bound=Latent)
@@ -52,31 +65,34 @@ def read_latent(name: str, site: Mapping[str, Any]) -> Latent:
         support=fn.support,
         event_dim=fn.event_dim,
         shape=value.shape,
-        unconstrained_shape=biject_to(fn.support).inverse_shape(value.shape),
+        unconstrained_shape=(
+            value.shape
+            if fn.support.is_discrete
+            else bijection(fn.support).inverse_shape(value.shape)
+        ),
         inside=value,
     )
 
 
-def constrain(vector: Tensor, latents: Sequence[AnyLatent]) -> Iterator[tuple[AnyLatent, Image]]:
-    """Takes vectors `(*, D)` apart: each latent, with its value `(*, *shape)` and what the map into its support adds to log q."""
-    for latent, value, ladj in unpack(vector, latents):
-        yield latent, Image(value, log_density=-ladj, event_dim=latent.event_dim)
-
-
-def unpack(
+def constrain(
     vector: Tensor, latents: Sequence[AnyLatent]
-) -> Iterator[tuple[AnyLatent, Tensor, Tensor]]:
-    """Takes vectors `(*, D)` apart: each latent, its value `(*, *shape)`, and log|det| of the map into its support."""
+) -> Iterator[tuple[AnyLatent, JacobianDelta]]:
+    """Takes vectors `(*, D)` apart: each latent, with its value `(*, *shape)` and what the map into its support adds to log q."""
+    for latent, part in split(vector, latents):
+        transform = bijection(latent.support)
+        value = transform(part)
+        ladj = transform.log_abs_det_jacobian(part, value)
+        ladj = sum_rightmost(ladj, ladj.dim() - value.dim() + latent.event_dim)
+        yield latent, JacobianDelta(value, log_density=-ladj, event_dim=latent.event_dim)
+
+
+def split(vector: Tensor, latents: Sequence[AnyLatent]) -> Iterator[tuple[AnyLatent, Tensor]]:
+    """Splits vectors `(*, D)` by latent, each with its unconstrained values `(*, *unconstrained_shape)`."""
     position = 0
     for latent in latents:
         size = latent.unconstrained_shape.numel()
         part = vector[..., position : position + size]
-        part = part.reshape(vector.shape[:-1] + latent.unconstrained_shape)
-        transform = biject_to(latent.support)
-        value = transform(part)
-        ladj = transform.log_abs_det_jacobian(part, value)
-        ladj = sum_rightmost(ladj, ladj.dim() - value.dim() + latent.event_dim)
-        yield latent, value, ladj
+        yield latent, part.reshape(vector.shape[:-1] + latent.unconstrained_shape)
         position += size
 
 
@@ -103,7 +119,7 @@ def unconstrain(
         inside.append(valid)
         # A value outside would make the gradient of its neighbours NaN: put one inside in its place.
         safe = torch.where(valid.reshape(valid.shape + (1,) * len(shape)), value, latent.inside)
-        transform = biject_to(latent.support)
+        transform = bijection(latent.support)
         part = transform.inv(safe)
         ladj = transform.log_abs_det_jacobian(part, safe)
         ladjs.append(sum_rightmost(ladj, ladj.dim() - cut))
@@ -128,7 +144,7 @@ def check_continuous(name: str, fn: dist.TorchDistribution, cause: Exception | N
 
 def check_inside(name: str, support: Constraint, value: Tensor) -> Tensor:
     """The value where guides begin, unconstrained; raises `ValueError` where it is on the boundary of its support."""
-    unconstrained = biject_to(support).inv(value)
+    unconstrained = bijection(support).inv(value)
     if not bool(unconstrained.isfinite().all()):
         raise ValueError(
             f"latent {name!r}: init_loc_fn gave a value on the boundary of its support ({value}); expected one inside"

@@ -10,13 +10,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from test_compiled_svi import DATA, Graphs, compiled, guide, model
+from test_steps import DATA, Graphs, compiled, guide, model
 from torch import nn
 
 from pyro_flows_ext.guides import AutoIAF
 from pyro_flows_ext.infer import AnnealedELBO, linear
 from pyro_flows_ext.infer.compiled import CompiledSVI
-from pyro_flows_ext.infer.compiled.kind import FACTOR, FIRST_CHECK
+from pyro_flows_ext.infer.compiled.signature import FACTOR, FIRST_CHECK
 
 
 def test_parameters_written_by_hand_are_seen() -> None:

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
-from test_compiled_zoo import Case, Y, agree, guided, schools, train
+from test_zoo import Case, Y, agree, guided, schools, train
 
 
 def reads_item() -> None:

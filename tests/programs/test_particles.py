@@ -21,7 +21,7 @@ from pyro_flows_ext.guides import (
     AutoResidual,
     AutoSylvester,
 )
-from pyro_flows_ext.infer.particles import draw_particles, why_not_vectorized
+from pyro_flows_ext.programs import draw_particles, vectorization_error
 from pyro_flows_ext.transforms import residual
 
 Y = torch.tensor([[0.5, 1.5], [-0.2, 0.9], [0.1, 0.4]])
@@ -74,7 +74,7 @@ def test_densities_are_those_of_a_single_trace(model):
 def test_models_that_do_not_vectorise_are_found_out(model, reason):
     guide = AutoPlanar(model, 1)
     guide.setup(Y)
-    assert reason in why_not_vectorized(model, guide, (Y,))
+    assert reason in vectorization_error(model, guide, (Y,))
 
 
 def _list_of_guides(model):
@@ -115,7 +115,7 @@ def test_guides_that_vectorise_pass(make):
         guide(Y)
         for parameter in guide.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    assert why_not_vectorized(nested, guide, (Y,)) is None
+    assert vectorization_error(nested, guide, (Y,)) is None
     assert guide.training
 
 
@@ -129,7 +129,7 @@ def test_an_amortized_guide_passes(subsample_size):
     encoder = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(), torch.nn.Linear(4, 4))
     guide = AutoAmortizedFlow(local, encoder)
     guide.setup(Y)
-    assert why_not_vectorized(local, guide, (Y,)) is None
+    assert vectorization_error(local, guide, (Y,)) is None
 
 
 def sums_in_the_density(y=Y):
@@ -141,9 +141,9 @@ def sums_in_the_density(y=Y):
 
 def sums_in_a_value(y=Y):
     """The densities are right, and one latent is a sum over all particles."""
-    noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-    mean = (noise.sum() + torch.zeros(2)).expand(*noise.shape, 2)
-    pyro.sample("mu", dist.Delta(mean, event_dim=1))
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    noise = pyro.sample("noise", base, infer={"is_auxiliary": True})
+    pyro.sample("mu", dist.Delta(noise + noise.sum(), event_dim=1))
     with pyro.plate("rows", 3, dim=-1):
         pyro.sample("scale", dist.LogNormal(0.0, 1.0))
 
@@ -165,7 +165,7 @@ def reshapes(y=Y):
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_guides_that_do_not_vectorise_are_found_out(guide, reason):
-    assert reason in why_not_vectorized(nested, guide, (Y,))
+    assert reason in vectorization_error(nested, guide, (Y,))
     # Then particles are drawn one by one, and right.
     particles = draw_particles(nested, guide, (Y,), num_samples=4)
     for i in range(4):
@@ -182,7 +182,7 @@ def test_scales_and_subsampled_likelihoods():
 
     guide = AutoPlanar(subsampled, 1)
     guide.setup(Y)
-    assert why_not_vectorized(subsampled, guide, (Y,)) is None
+    assert vectorization_error(subsampled, guide, (Y,)) is None
     with pytest.raises(ValueError, match="plate 'rows' subsamples 2 of 3"):
         draw_particles(subsampled, guide, (Y,), num_samples=3)
 

@@ -1,0 +1,98 @@
+"""Checks of a model against its guide, on single traces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.util import check_model_guide_match, check_site_shape
+
+from .latents import bijection
+from .log_joint import check_marginalised
+from .traces import Program, Site, is_delta, is_latent, nesting_of, sample_sites
+
+
+@torch.no_grad()
+def traces_of(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Trace, Trace]:
+    """One trace of the model, replayed at one trace of the guide."""
+    with poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    return model_trace, guide_trace
+
+
+def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raises `ValueError` unless the guide draws exactly the latents of the model that are not enumerated."""
+    for name, site in sample_sites(model_trace):
+        if is_latent(site) and name not in guide_trace.nodes:
+            check_marginalised(name, site)
+    for name, site in sample_sites(guide_trace):
+        in_model = model_trace.nodes.get(name)
+        if not is_latent(site) or site["infer"].get("is_auxiliary"):
+            continue
+        if in_model is not None and in_model["is_observed"]:
+            raise ValueError(
+                f"site {name!r} is drawn by the guide and observed by the model: expected one of both; hide it from the "
+                f"guide by poutine.block(model, hide=[{name!r}]), or take the data away"
+            )
+
+
+def check_shapes(model_trace: Trace, guide_trace: Trace) -> None:
+    """Pyro's checks of the shapes of single traces, as `SVI` makes them: raises `ValueError` for a missing plate."""
+    if not is_validation_enabled():
+        return
+    nesting = nesting_of(model_trace, guide_trace)
+    pruned = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+    check_model_guide_match(*pruned, nesting)
+    for trace in pruned:
+        trace.compute_log_prob()
+        for _, site in sample_sites(trace):
+            check_site_shape(site, nesting)
+
+
+def check_density(model_trace: Trace, guide_trace: Trace, other: Trace) -> None:
+    """Raises `ValueError` for a guide with latents at points, which have no density.
+
+    A `Delta` has a density where it is the image of an auxiliary draw, as in Pyro's guides over unconstrained space. A
+    latent whose `Delta` is the same in two traces of the guide is a point; so are the latents of a guide that draws
+    fewer numbers than its `Delta` sites take.
+    """
+    drawn, deltas = 0, {}
+    for name, site in sample_sites(guide_trace):
+        if not is_latent(site):
+            continue
+        if site["infer"].get("is_auxiliary"):
+            drawn += 0 if is_delta(site["fn"]) else site["value"].numel()
+        elif is_delta(site["fn"]) and name in model_trace.nodes:
+            deltas[name] = site
+    again: dict[str, Site] = dict(other.nodes)
+    points = [n for n, s in deltas.items() if torch.equal(s["value"], again[n]["value"])]
+    if not points and drawn < sum(_dimension(model_trace.nodes[n]) for n in deltas):
+        points = list(deltas)
+    if points:
+        raise ValueError(
+            f"guide: latents {points} are points (Delta), which have no density: importance weights and evidence do not "
+            "exist. Use a guide with a density, or condition the model on these values"
+        )
+
+
+def _dimension(site: Site) -> int:
+    """The dimension of a latent's unconstrained space."""
+    return int(bijection(site["fn"].support).inverse_shape(site["value"].shape).numel())
+
+
+def subsampled_plates(trace: Trace) -> dict[str, tuple[int, int]]:
+    """The subsampled plates of a trace: name -> (size of the subsample, full size)."""
+    return {
+        name: (len(site["value"]), site["fn"].size)
+        for name, site in sample_sites(trace)
+        if site_is_subsample(site) and len(site["value"]) < site["fn"].size
+    }
