@@ -118,6 +118,12 @@ def flow_vae() -> D.FlowVAE:
     return D.FlowVAE(T.affine_coupling(2, SMALL), 2, 1, hidden_dims=SMALL)
 
 
+def standardized(density: D.Density) -> D.Density:
+    """With data in units of their own."""
+    density.standardize(torch.tensor([1.0, -0.5]), torch.tensor([2.0, 0.5]))
+    return density
+
+
 def vae_by_quadrature(flow: D.FlowVAE, x: torch.Tensor) -> torch.Tensor:
     """log p(x) by the trapezoid rule over ε of one dimension: `(*, D)` -> `(*)`."""
     noise = torch.linspace(-10, 10, 2001, dtype=x.dtype).unsqueeze(-1)
@@ -156,6 +162,9 @@ DENSITIES = {
         )
     ),
     "flow-learned-base": DensityEntry(lambda: D.FlowDistribution(LearnedNormal(2), T.sylvester(2))),
+    "flow-standardized": DensityEntry(
+        lambda: standardized(D.FlowDistribution(normal(2), T.affine_coupling(2, SMALL)))
+    ),
     "flow-image": DensityEntry(image_flow, scale=0.3),
     "conditional-flow": DensityEntry(
         lambda: D.FlowDistribution(

@@ -8,14 +8,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-import pyro_flows_ext.transforms as T
 from pyro_flows_ext.cli.density.checkpoint import read_density, save_density
 from pyro_flows_ext.cli.density.data import SOURCES, Split, load_rows, split_rows
-from pyro_flows_ext.cli.density.flows import FLOWS, DensitySpec, Standardized, normal
+from pyro_flows_ext.cli.density.flows import FLOWS, DensitySpec
 from pyro_flows_ext.cli.density.pictures import _sheet
 from pyro_flows_ext.cli.density.scores import SHRINKAGE, gaussian, score
-from pyro_flows_ext.distributions import TOYS, FlowDistribution
-from pyro_flows_ext.testing import check_density_contract, perturb
+from pyro_flows_ext.distributions import TOYS
+from pyro_flows_ext.testing import perturb
 
 NEEDS_SKLEARN = {"swiss-roll", "iris", "wine", "diabetes", "breast-cancer", "digits"}
 
@@ -55,37 +54,6 @@ def test_the_split_is_one() -> None:
 
 
 # --- densities ---
-
-
-def test_standardized_is_a_density() -> None:
-    def make() -> Standardized:
-        moments = T.Standardize(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
-        flow = T.realnvp(2, num_layers=2, hidden_dims=(6,))
-        return Standardized(FlowDistribution(normal(2), flow), moments)
-
-    check_density_contract(make, scale=0.3)
-    density = perturb(make(), scale=0.3)
-    x = torch.randn(5, 2)
-    inner, moments = density.density, density.standardize
-    by_pyro = dist.TransformedDistribution(
-        dist.Normal(torch.zeros(2), 1.0), [inner.transform, moments.inv]
-    )
-    torch.testing.assert_close(density.log_prob(x), by_pyro.log_prob(x))
-    with pytest.raises(TypeError, match="use log_prob"):
-        density.log_prob_bound(x)
-
-
-def test_standardized_passes_on_the_objective() -> None:
-    moments = T.Standardize(torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5]))
-    x = torch.randn(50, 2)
-    nested = Standardized(DensitySpec("nested-qr", (2,)).build().density, moments)
-    torch.manual_seed(0)
-    penalty = nested.log_prob(x) - nested.objective(x)
-    torch.manual_seed(0)
-    torch.testing.assert_close(penalty, nested.density.penalty(moments(x)))
-    assert penalty.max() > 0.1
-    plain = Standardized(FlowDistribution(normal(2), T.maf(2, num_layers=1)), moments)
-    assert torch.equal(plain.objective(x), plain.log_prob(x))
 
 
 @pytest.mark.parametrize("name", list(FLOWS))
@@ -137,7 +105,7 @@ def test_probabilities_of_whole_numbers() -> None:
     numbers = torch.randint(0, 2, (400, 1)).float()
     spec = DensitySpec("nsf", (1,), dequantize="uniform", num_levels=2)
     density = gaussian(spec, Split(numbers, numbers[:50], numbers[:50]))
-    moments, whitening = density.flow.standardize, density.flow.density.transform
+    moments, whitening = density.flow.standardization, density.flow.transform
     exact = dist.Normal(
         2 * (moments.loc + moments.scale * whitening.loc),
         2 * moments.scale * whitening.scale_tril[0],

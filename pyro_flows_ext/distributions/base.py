@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from typing_extensions import Self
 
+from ..transforms import ComposeFlow, FlowTransform, Standardize
 from ..transforms.base import forget_param_store
 from ._tensors import map_tensors
 
@@ -28,11 +29,15 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     keeps fixed distributions as plain attributes: `.to()` and `.double()` move those too. `expand` shares the parameters.
 
     `exact_log_prob` is False where `log_prob` is a bound; `check_guide_site` refuses such a one as a guide site.
+    `standardization` is None, or the map of `standardize` from the data's units to those of the layers.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = True
     exact_log_prob = True
+    # Whether log_prob and draws of the class pass through `standardization`.
+    can_standardize = False
+    standardization: Standardize | None
 
     def __init__(
         self,
@@ -42,6 +47,82 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     ):
         # torch's Distribution calls super().__init__() last, which is nn.Module's: attributes come after both.
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args)
+        self.register_module("standardization", None)
+
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Sets the units of the data in place: the layers model y = (x - loc) / scale instead of x.
+
+            log p(x) = log p_layers((x - loc) / scale) - Σ log scale
+
+        Draws and log-densities stay in the units of x. `loc` and `scale` are buffers in the density's dtype, saved in its
+        `state_dict` and created by `load_state_dict` where the saved density has them. A second call replaces the first.
+
+        Args:
+            loc: the shape of an event, or one that broadcasts to it: `(D)`, or `(C, 1, 1)` for images.
+            scale: positive, of the same shape.
+
+        Raises:
+            TypeError: the class of the density does not support it.
+            ValueError: the density has bounded support, or the values do not fit.
+
+        Example:
+            >>> import pyro.distributions as dist, torch
+            >>> from pyro_flows_ext.distributions import FlowDistribution
+            >>> from pyro_flows_ext.transforms import planar
+            >>> density = FlowDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), planar(2))
+            >>> density.standardize(torch.tensor([1e6, 0.0]), torch.tensor([1e4, 1e-3]))
+            >>> density.sample((3,)).shape
+            torch.Size([3, 2])
+        """
+        if not self.can_standardize:
+            raise TypeError(
+                f"standardize: {type(self).__name__} does not support it; standardise the data instead"
+            )
+        codomain = self._layers_codomain()
+        if codomain is not None and not _is_real(codomain):
+            raise ValueError(
+                f"standardize: expected a density of all real numbers, got one with support {codomain}; "
+                "leave the data in the units of its layers"
+            )
+        some = next(self.parameters(), torch.empty(0))
+        dims = max(loc.dim(), len(self.event_shape))
+        self.standardization = Standardize(loc.to(some), scale.to(some), dims)
+
+    def _layers_codomain(self) -> Any:
+        """The support of what the layers model; None where only a context decides it."""
+        return self.support
+
+    def _to_layers(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The value in the units of the layers, and the log-det."""
+        dims = len(self.event_shape)
+        if self.standardization is None:
+            return value, value.new_zeros(value.shape[: value.dim() - dims])
+        return self.standardization.forward_and_ladj(value)
+
+    def _from_layers(self, value: Tensor) -> Tensor:
+        """A value in the units of the data."""
+        if self.standardization is None:
+            return value
+        return self.standardization.inverse_and_ladj(value)[0]
+
+    def _with_units(self, transform: FlowTransform) -> FlowTransform:
+        """The transform from the base to the data in their units, over the same parameters."""
+        if self.standardization is None:
+            return transform
+        key = (transform, self.standardization)
+        old_key, whole = self.__dict__.get("_whole", (None, None))
+        if old_key is None or any(a is not b for a, b in zip(key, old_key, strict=True)):
+            whole = ComposeFlow([transform, self.standardization.inv])
+            # A plain attribute: as a module it would list every parameter twice.
+            self.__dict__["_whole"] = (key, whole)
+        whole.training = self.training  # which its cache goes by
+        return whole  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        loc = state_dict.get(f"{prefix}standardization.loc")
+        if loc is not None and self.standardization is None and self.can_standardize:
+            self.standardize(torch.zeros_like(loc), torch.ones_like(loc))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """This density with `batch_shape`, over the same parameters."""
@@ -106,14 +187,21 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
 
     def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name != "_whole"}
 
     def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
+        return nn.Module.__repr__(self).replace("  (standardization): None\n", "")
 
     def extra_repr(self) -> str:
         batch = f"batch_shape={tuple(self.batch_shape)}, " if self.batch_shape else ""
         return f"{batch}event_shape={tuple(self.event_shape)}"
+
+
+def _is_real(support: Any) -> bool:
+    """Whether a constraint leaves every number free."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
 
 
 def _broadcasts(shape: Size, to: Size) -> bool:
@@ -164,10 +252,7 @@ class TransformedDensity(Density):
 def log_prob_anywhere(base: Distribution, z: Tensor) -> Tensor:
     """log p(z) for any z: -inf outside of the support, where distributions raise or return NaN."""
     support: Any = base.support
-    inner = support
-    while hasattr(inner, "base_constraint"):
-        inner = inner.base_constraint
-    if inner is constraints.real or inner is constraints.real_vector:
+    if _is_real(support):
         return base.log_prob(z)
     inside = support.check(z)
     safe = biject_to(support)(torch.zeros_like(z))

@@ -35,6 +35,7 @@ class FlowDistribution(TransformedDensity):
     """
 
     transform: Part
+    can_standardize = True
 
     def __init__(
         self,
@@ -94,6 +95,8 @@ class FlowDistribution(TransformedDensity):
 
     @property
     def support(self) -> Any:
+        if isinstance(self.transform, _Identity) and self.standardization is None:
+            return self._base_dist().support
         outer = self.event_dim - self._flow().codomain.event_dim
         codomain = self._flow().codomain
         return constraints.independent(codomain, outer) if outer else codomain
@@ -105,7 +108,10 @@ class FlowDistribution(TransformedDensity):
             raise ValueError(
                 "this density depends on a context: call condition(context) first, with one of shape (*, context_dim)"
             )
-        return self.transform
+        return self._with_units(self.transform)
+
+    def _layers_codomain(self) -> Any:
+        return getattr(self.transform, "codomain", None)
 
     def _shapes(self) -> tuple[Size, Size]:
         """Batch and event shape: of the base through the transform."""
@@ -122,6 +128,18 @@ class FlowDistribution(TransformedDensity):
         base = self._base_dist(transform.domain.event_dim)
         outer = len(base.event_shape) - transform.domain.event_dim
         return base.expand(self.batch_shape), transform, outer
+
+
+class _Identity(FlowTransform):
+    """Of no transforms at all, for events of any shape."""
+
+    domain = codomain = constraints.real  # type: ignore[assignment]
+
+    def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros_like(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y, torch.zeros_like(y)
 
 
 def _pull(transform: FlowTransform, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +159,8 @@ def _compose(transforms: Part | Sequence[Part]) -> Part:
     if isinstance(transforms, FlowTransform | ConditionalTransformModule):
         return transforms
     parts = list(transforms)
+    if not parts:
+        return _Identity()
     for part in parts:
         if not isinstance(part, FlowTransform | ConditionalTransformModule):
             raise TypeError(

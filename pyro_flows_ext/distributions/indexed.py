@@ -58,6 +58,8 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     Normalising Flows.
     """
 
+    can_standardize = True
+
     def __init__(
         self,
         base: Distribution | nn.Module,
@@ -156,17 +158,18 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         for layer in self.layers:
             noise = torch.randn_like(z[..., :1].expand(*z.shape[:-1], self.index_dim))
             z, _, _ = layer.push(z, noise)  # type: ignore[operator]
-        return z
+        return self._from_layers(z)
 
     def _pull(self, value: Tensor, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
         """log p(value, u) and log q(u | value), `(*)` each, for `indices` u_1 ... u_L."""
-        z, log_p, log_q = value, [], []
+        z, scaling = self._to_layers(value)
+        log_p, log_q = [], []
         for l in reversed(self._numbers):
             z, noise, (ladj, log_r) = self.layers[l].pull(z, indices[l])  # type: ignore[operator]
             log_p.append(ladj + log_standard_normal(noise))
             log_q.append(log_r)
         log_base = log_prob_anywhere(self._base_dist(event_dim=1), z)
-        return log_base + torch.stack(log_p).sum(0), torch.stack(log_q).sum(0)
+        return log_base + scaling + torch.stack(log_p).sum(0), torch.stack(log_q).sum(0)
 
     def _log_weights(self, value: Tensor) -> Tensor:
         log_p, log_q = self._pull(value, [None for _ in self._numbers])

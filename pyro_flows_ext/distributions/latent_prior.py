@@ -36,6 +36,8 @@ class FlowVAE(BoundedDensity):
     Source: Das, Abbeel & Spanos 2019, Dimensionality Reduction Flows, sec. 3.1, eq. 11.
     """
 
+    can_standardize = True
+
     def __init__(
         self,
         transform: FlowTransform,
@@ -87,12 +89,12 @@ class FlowVAE(BoundedDensity):
         """f(μ(ε)) for ε = `noise` `(*, latent_dim)`, or f at a draw of z given ε: `(*, *event_shape)`."""
         params = self.decoder(noise)
         z = params.chunk(2, -1)[0] if deterministic else draw_by(params)
-        return self.transform(z)  # type: ignore[no-any-return]
+        return self._with_units(self.transform)(z)  # type: ignore[no-any-return]
 
     def encode(self, value: Tensor) -> Tensor:
         """The mean of q(ε | f⁻¹(value)): `(*, *event_shape)` -> `(*, latent_dim)`."""
         self._check_value(value)
-        return self.encoder(self.transform.inv(value)).chunk(2, -1)[0]  # type: ignore[no-any-return]
+        return self.encoder(self._with_units(self.transform).inv(value)).chunk(2, -1)[0]  # type: ignore[no-any-return]
 
     def interpolate(self, start: Tensor, end: Tensor, num: int = 8) -> Tensor:
         """f(μ(ε)) along the straight line between the codes of two values: `(num, *, *event_shape)`, both ends included."""
@@ -102,10 +104,10 @@ class FlowVAE(BoundedDensity):
 
     @property
     def support(self) -> Any:
-        return self.transform.codomain
+        return self._with_units(self.transform).codomain
 
     def _log_weights(self, value: Tensor) -> Tensor:
-        z, ladj = self.transform.inverse_and_ladj(value)
+        z, ladj = self._with_units(self.transform).inverse_and_ladj(value)
         return self._log_weights_of(z) + ladj
 
     def _log_weights_of(self, z: Tensor) -> Tensor:
@@ -117,5 +119,5 @@ class FlowVAE(BoundedDensity):
 
     def _log_mass(self, value: Tensor) -> Tensor:
         # The repeated values have one z, and the flow is the dear part.
-        z, ladj = self.transform.inverse_and_ladj(value[0])
+        z, ladj = self._with_units(self.transform).inverse_and_ladj(value[0])
         return self._log_weights_of(z.expand(len(value), *z.shape)).logsumexp(0) + ladj

@@ -83,6 +83,8 @@ class MultiScaleFlow(FlowDistribution):
         """A new flow of the same architecture, not trained, from which latents leave by `factor_out`."""
         some = next(self.parameters())
         flow = type(self)(self.event_shape, factor_out=factor_out, **self._recipe)  # type: ignore[arg-type]
+        if self.standardization is not None:
+            flow.standardize(self.standardization.loc, self.standardization.scale)
         return flow.to(device=some.device, dtype=some.dtype)
 
     @torch.no_grad()
@@ -135,6 +137,7 @@ class MultiScaleFlow(FlowDistribution):
     def _enter(self, data: Tensor) -> Tensor:
         """Data as the first level sees them."""
         self._check_value(data)
+        data = self._to_layers(data)[0]
         return Squeeze()(data) if self._recipe["squeeze_first"] else data
 
 

@@ -105,7 +105,7 @@ class NestedDropoutFlow(FlowDistribution):
         return transform(self._keep(base.sample(torch.Size(sample_shape)), k))  # type: ignore[no-any-return]
 
     def penalty(self, x: Tensor, k: Tensor | None = None) -> Tensor:
-        """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn here unless given."""
+        """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn here unless given; in standardised units if any."""
         self._check_value(x)
         return self._penalty(x, self._at_batch()[1].inv(x), k)
 
@@ -136,7 +136,10 @@ class NestedDropoutFlow(FlowDistribution):
             k = self.sample_index(batch)
         # Past the cache, which has one pass, and that of z is the one to keep.
         told = self._at_batch()[1].forward_and_ladj(self._keep(z, k))[0]
-        return self.reconstruction_weight * (told - x).square().flatten(len(batch)).sum(-1)
+        error = told - x
+        if self.standardization is not None:
+            error = error / self.standardization.scale
+        return self.reconstruction_weight * error.square().flatten(len(batch)).sum(-1)
 
     def _keep(self, z: Tensor, k: int | Tensor) -> Tensor:
         shape = self._latent_shape()

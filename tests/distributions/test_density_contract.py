@@ -10,7 +10,7 @@ import pyro_flows_ext.distributions as D
 from pyro_flows_ext.testing import DENSITY_POINTS, check_density_contract, density_point_applies
 
 # Transforms compile or not by a contract of their own; of the densities around them there are these kinds.
-COMPILED = {"flow-learned-base", "conditional-flow", "indexed-maf"}
+COMPILED = {"flow-learned-base", "flow-standardized", "conditional-flow", "indexed-maf"}
 
 
 def applies(name, entry, number):

@@ -272,3 +272,18 @@ def test_repr_shows_base_and_parts():
         "(base): LearnedNormal",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["single", "batch"])
+def test_no_transforms_are_the_base(batch):
+    base = dist.Gamma(torch.full((*batch, 2), 3.0), torch.tensor([1.0, 2.0])).to_event(1)
+    flow = FlowDistribution(base, [])
+    assert (flow.batch_shape, flow.event_shape) == (base.batch_shape, base.event_shape)
+    torch.manual_seed(0)
+    x = flow.rsample((4,))
+    torch.manual_seed(0)
+    assert torch.equal(x, base.rsample((4,)))
+    assert torch.equal(flow.log_prob(x), base.log_prob(x))
+    assert torch.equal(flow.support.check(-x), base.support.check(-x))
+    with pytest.raises(ValueError, match="to be within the support"):
+        flow.log_prob(-x)

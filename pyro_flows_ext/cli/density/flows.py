@@ -8,8 +8,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from torch import Size, Tensor
+from torch import Tensor
 
 from ... import transforms as T
 from ...distributions import (
@@ -36,46 +35,6 @@ class FlowKind:
     num_layers: int | None
     description: str
     of_images: bool = False
-
-
-class Standardized(Density):
-    """The density of x in its own units, by one of y = (x - loc) / scale: log p(x) = log p(y) - Σ log scale, in nats.
-
-    As exact as the density of y, whose bound and objective it passes on. Shapes as there; the moments are buffers.
-    """
-
-    def __init__(self, density: Density, standardize: T.Standardize):
-        super().__init__(event_shape=density.event_shape)
-        self.density, self.standardize = density, standardize
-        self.exact_log_prob = density.exact_log_prob
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws `(*sample_shape, *batch_shape, *event_shape)`."""
-        y = self.density.expand(self.batch_shape).rsample(Size(sample_shape))
-        return self.standardize.inverse_and_ladj(y)[0]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), or the bound that the density of y has: `(*, *event_shape)` -> `(*)`, in nats."""
-        self._check_value(value)
-        y, ladj = self.standardize.forward_and_ladj(value)
-        return self.density.log_prob(y) + ladj
-
-    def log_prob_bound(self, value: Tensor, num_particles: int = 100) -> Tensor:
-        """Lower bound: that of the density of y with so many particles, in nats; `TypeError` where it has none."""
-        if self.exact_log_prob:
-            raise TypeError("log_prob_bound: this density is known exactly; use log_prob")
-        y, ladj = self.standardize.forward_and_ladj(value)
-        density: Any = self.density
-        return density.log_prob_bound(y, num_particles) + ladj  # type: ignore[no-any-return]
-
-    def objective(self, value: Tensor) -> Tensor:
-        """The objective of the density of y, in the units of x: `(*, *event_shape)` -> `(*)`, in nats."""
-        y, ladj = self.standardize.forward_and_ladj(value)
-        return self.density.objective(y) + ladj
-
-    @property
-    def support(self) -> Any:
-        return constraints.independent(constraints.real, len(self.event_shape))
 
 
 @dataclass(frozen=True)
@@ -125,12 +84,12 @@ class DensitySpec:
 
     def wrap(self, inner: Density, standardize: T.Standardize) -> Density:
         """The density of the data by one of what is standardised, and before that dequantized."""
-        density = Standardized(inner, standardize)
+        inner.standardize(standardize.loc, standardize.scale)
         if not self.dequantizes:
-            return density
+            return inner
         # Without logits, which would pull the ends of the range, where most pixels are, far out.
         return Dequantized(
-            density, self.dequantize, num_levels=self.num_levels or 0, logit_alpha=None
+            inner, self.dequantize, num_levels=self.num_levels or 0, logit_alpha=None
         )
 
     def _check(self, kind: FlowKind) -> None:
