@@ -14,6 +14,7 @@ from .flows import (
 )
 from .hamiltonian import AutoHamiltonian
 from .indexed import AutoCIF
+from .reparam import CircularReparam
 
 __all__ = [
     "AutoAmortizedFlow",
@@ -28,4 +29,5 @@ __all__ = [
     "AutoRealNVP",
     "AutoResidual",
     "AutoSylvester",
+    "CircularReparam",
 ]

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from ..distributions._tensors import map_tensors
-from ..programs import Latent, check_continuous, check_inside
+from ..programs import Latent, check_inside, check_log_prob, support_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def read_latents(trace: Trace, plate: str | None) -> tuple[str, list[LocalLatent
                 )
         fn, value = site["fn"], site["value"].detach()
         support = _datum_support(name, fn, frame.dim)
-        with helpful_support_errors(site):
-            unconstrained = check_inside(name, support, value)
+        unconstrained = check_inside(name, support, value)
+        check_log_prob(name, fn, value)
         inner = [f for f in site["cond_indep_stack"] if f.name != frame.name]
         latents.append(
             LocalLatent(
@@ -73,7 +72,7 @@ def check_same(known: Sequence[LocalLatent], new: Sequence[LocalLatent]) -> None
             f"for {outline(known)}. Set up a new guide on these arguments"
         )
     for old, latent in zip(known, new, strict=True):
-        a, b = _tensors(old.support), _tensors(latent.support)
+        a, b = tensors_of(old.support), tensors_of(latent.support)
         if len(a) != len(b) or not all(map(_equal, a, b)):
             raise ValueError(
                 f"latent {latent.name!r} has a support that changes from run to run ({old.support}, then {latent.support}); "
@@ -119,7 +118,6 @@ def _data_frame(sites: dict[str, Any], plate: str | None) -> Any:
 
 def _check_site(name: str, site: Any, frame: Any) -> None:
     fn = site["fn"]
-    check_continuous(name, fn)
     for f in site["cond_indep_stack"]:
         if f.dim < frame.dim:
             raise ValueError(
@@ -156,18 +154,12 @@ def _datum_support(name: str, fn: Any, dim: int) -> Constraint:
         one = t.detach().narrow(axis, 0, 1)
         if not bool((t == one).all()):
             raise ValueError(
-                f"latent {name!r} has a support that differs between data ({fn.support}): expected one for all; sample on "
+                f"latent {name!r} has a support that differs between data ({support_of(name, fn)}): expected one for all; sample on "
                 "a fixed support, and transform by the datum's own bounds"
             )
         return one.clone()
 
-    return map_tensors(fn.support, first)  # type: ignore[no-any-return]
-
-
-def _tensors(obj: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(obj, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-    return found
+    return map_tensors(support_of(name, fn), first)  # type: ignore[no-any-return]
 
 
 def _equal(a: Any, b: Any) -> bool:

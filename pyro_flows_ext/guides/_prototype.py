@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyro.distributions as dist
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..distributions._tensors import map_tensors
+from ..programs import support_of
 
 
 def slim(sites: list[tuple[str, Any]]) -> Trace:
-    """A trace of these sites with their tensors detached: what a guide needs, and what a file can hold."""
+    """A trace of these sites with their supports in place of their distributions: the part of a run that a file can hold."""
     slim = Trace()
     for name, site in sites:
+        fn = site["fn"]
+        support = map_tensors(support_of(name, fn), lambda t: t.detach().clone())
         node = {**site, "args": (), "kwargs": {}, "infer": {}}
         node["value"] = site["value"].detach().clone()
-        node["fn"] = map_tensors(site["fn"], lambda t: t.detach().clone())
+        node["fn"] = dist.ImproperUniform(support, fn.batch_shape, fn.event_shape)
         slim.add_node(name, **node)
     return slim
 

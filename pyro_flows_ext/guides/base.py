@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypedDict
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.messenger import Messenger
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
 from ..ops import quantiles as elementwise_quantiles
 from ..programs import (
-    JacobianDelta,
     Latent,
-    check_continuous,
     check_inside,
+    check_log_prob,
     constrain,
     read_latent,
     unconstrain,
@@ -160,7 +160,6 @@ class AutoFlow(PortableGuide, AutoContinuous):
         except Exception:
             self.prototype_trace = None  # a failed setup leaves the guide as it was: not set up
             raise
-        self.prototype_trace = slim(self._sites())
         self._known_shapes = {argument_shapes(args, kwargs)}
         self.transform = transform
         self._check_param_store()
@@ -179,13 +178,9 @@ class AutoFlow(PortableGuide, AutoContinuous):
         return [SinhArcsinh(D), ElementwiseAffine(D), Whitening(loc, scale_tril)]
 
     def _learn_latents(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._setup_prototype(*args, **kwargs)
-        except (NotImplementedError, ValueError) as error:
-            if self.prototype_trace is not None:
-                for name, site in self._sites():
-                    check_continuous(name, site["fn"], error)
-            raise
+        """The prototype trace, and the shapes and plates of its latents."""
+        AutoGuide._setup_prototype(self, *args, **kwargs)
+        self._unconstrained_shapes, self._cond_indep_stacks = {}, {}
         for name, site in self._sites():
             for frame in site["cond_indep_stack"]:
                 if frame.full_size is not None and frame.full_size != frame.size:
@@ -194,7 +189,23 @@ class AutoFlow(PortableGuide, AutoContinuous):
                         f"{frame.full_size}: one flow over all latents would reuse the same {frame.size} values for "
                         "every mini-batch. Use AutoAmortizedFlow, which reads the latents of a datum off the datum, or the full data"
                     )
-            check_inside(name, site["fn"].support, site["value"])
+            self._cond_indep_stacks[name] = site["cond_indep_stack"]
+        sites = self._sites()
+        self.prototype_trace = slim(sites)
+        if not sites:
+            raise ValueError(
+                "the model has no latents: expected at least one unobserved, continuous site"
+            )
+        for latent, (name, site) in zip(self._latents(), sites, strict=True):
+            check_inside(name, latent.support, latent.inside)
+            check_log_prob(name, site["fn"], latent.inside)
+            self._unconstrained_shapes[name] = latent.unconstrained_shape
+        self.latent_dim = sum(shape.numel() for shape in self._unconstrained_shapes.values())
+
+    def _init_loc(self) -> Tensor:
+        """The values of the prototype, unconstrained `(D)`."""
+        values = {latent.name: latent.inside for latent in self._latents()}
+        return self._unconstrain(values)[0]
 
     @property
     def whitening(self) -> Whitening:
@@ -240,8 +251,15 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._check_arguments(args, kwargs)
         if torch.is_grad_enabled():
             self._check_param_store()
-        with _JacobianDeltas():
-            return super().forward(*args, **kwargs)
+        vector = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for latent, image in constrain(vector, self._latents(), in_plates=True):
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[latent.name]:
+                    stack.enter_context(plates[frame.name])
+                result[latent.name] = pyro.sample(latent.name, image)
+        return result
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -308,11 +326,3 @@ class AutoFlow(PortableGuide, AutoContinuous):
                     "set up a new guide on these arguments"
                 )
         self._known_shapes.add(shapes)
-
-
-class _JacobianDeltas(Messenger):
-    """Has `TraceMeanField_ELBO` count the Jacobians that AutoContinuous keeps in its `Delta` sites: see `JacobianDelta`."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]) is dist.Delta:
-            msg["fn"] = JacobianDelta(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)

@@ -3,17 +3,25 @@
 from .latents import (
     JacobianDelta,
     Latent,
-    bijection,
-    check_continuous,
     check_inside,
     constrain,
     read_latent,
     split,
+    to_support,
     unconstrain,
 )
 from .log_joint import LogJoint, value_and_gradient
 from .match import check_density, check_latents, check_shapes, traces_of
 from .particles import Particles, draw_particles
+from .supports import (
+    CIRCULAR,
+    SPHERICAL,
+    bijection,
+    check_log_prob,
+    support_of,
+    tensors_of,
+    true_support,
+)
 from .traces import (
     PARTICLES,
     Program,
@@ -31,7 +39,9 @@ from .traces import (
 from .vectorization import plate_nesting, vectorization_error
 
 __all__ = [
+    "CIRCULAR",
     "PARTICLES",
+    "SPHERICAL",
     "JacobianDelta",
     "Latent",
     "LogJoint",
@@ -39,10 +49,10 @@ __all__ = [
     "Program",
     "Site",
     "bijection",
-    "check_continuous",
     "check_density",
     "check_inside",
     "check_latents",
+    "check_log_prob",
     "check_shapes",
     "constrain",
     "draw_particles",
@@ -58,7 +68,11 @@ __all__ = [
     "read_latent",
     "sample_sites",
     "split",
+    "support_of",
+    "tensors_of",
+    "to_support",
     "traces_of",
+    "true_support",
     "unconstrain",
     "value_and_gradient",
     "vectorization_error",

@@ -10,9 +10,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import biject_to, register_kl
+from torch.distributions import register_kl
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import Transform
+
+from .supports import bijection, tensors_of, true_support
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,9 @@ def _kl_jacobian_delta(p: JacobianDelta, q: dist.TorchDistribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)  # type: ignore[no-any-return]
 
 
-def bijection(support: Constraint) -> Transform:
-    """The bijection from real vectors to a support."""
-    return biject_to(support)  # type: ignore[no-any-return]
-
-
 def is_constant(support: Constraint) -> bool:
     """Whether a support has no tensors among its parameters: such a support is the same in every run of a model."""
-    parts = [v for v in vars(support).values() if isinstance(v, Tensor | Constraint)]
-    return not any(isinstance(v, Tensor) or not is_constant(v) for v in parts)
+    return not tensors_of(support)
 
 
 AnyLatent = TypeVar("AnyLatent", bound=Latent)
@@ -60,39 +55,50 @@ AnyLatent = TypeVar("AnyLatent", bound=Latent)
 def read_latent(name: str, site: Mapping[str, Any]) -> Latent:
     """The latent of a site in a trace of its model."""
     fn, value = site["fn"], site["value"]
-    return Latent(
-        name=name,
-        support=fn.support,
-        event_dim=fn.event_dim,
-        shape=value.shape,
-        unconstrained_shape=(
-            value.shape
-            if fn.support.is_discrete
-            else bijection(fn.support).inverse_shape(value.shape)
-        ),
-        inside=value,
-    )
+    support = true_support(name, fn)
+    try:
+        shape = bijection(support).inverse_shape(value.shape)
+    except (
+        NotImplementedError
+    ):  # discrete, or on a sphere: a latent that only its own guide can draw
+        shape = value.shape
+    return Latent(name, support, fn.event_dim, value.shape, shape, value)
 
 
 def constrain(
-    vector: Tensor, latents: Sequence[AnyLatent]
+    vector: Tensor, latents: Sequence[AnyLatent], *, in_plates: bool = False
 ) -> Iterator[tuple[AnyLatent, JacobianDelta]]:
-    """Takes vectors `(*, D)` apart: each latent, with its value `(*, *shape)` and what the map into its support adds to log q."""
-    for latent, part in split(vector, latents):
-        transform = bijection(latent.support)
-        value = transform(part)
-        ladj = transform.log_abs_det_jacobian(part, value)
-        ladj = sum_rightmost(ladj, ladj.dim() - value.dim() + latent.event_dim)
+    """Splits vectors `(*, D)` into latents, each with its value and minus log|det| of the map into its support: see `split`."""
+    for latent, part in split(vector, latents, in_plates=in_plates):
+        value, ladj = to_support(part, latent.support, latent.event_dim)
         yield latent, JacobianDelta(value, log_density=-ladj, event_dim=latent.event_dim)
 
 
-def split(vector: Tensor, latents: Sequence[AnyLatent]) -> Iterator[tuple[AnyLatent, Tensor]]:
-    """Splits vectors `(*, D)` by latent, each with its unconstrained values `(*, *unconstrained_shape)`."""
+def to_support(part: Tensor, support: Constraint, event_dim: int) -> tuple[Tensor, Tensor]:
+    """The image of unconstrained values in a support, and log|det| of the map, one number for each event."""
+    transform = bijection(support)
+    value = transform(part)
+    ladj = transform.log_abs_det_jacobian(part, value)
+    return value, sum_rightmost(ladj, ladj.dim() - value.dim() + event_dim)
+
+
+def split(
+    vector: Tensor, latents: Sequence[AnyLatent], *, in_plates: bool = False
+) -> Iterator[tuple[AnyLatent, Tensor]]:
+    """Splits vectors `(*, D)` by latent, each with its unconstrained values `(*, *unconstrained_shape)`.
+
+    With `in_plates` the dimensions `*` are those of plates around the program, of which the last coincide with the plates
+    of a latent, and are 1.
+    """
     position = 0
     for latent in latents:
         size = latent.unconstrained_shape.numel()
+        outside = vector.shape[:-1]
+        if in_plates:
+            num_plates = len(latent.shape) - latent.event_dim
+            outside = outside[: max(0, len(outside) - num_plates)]
         part = vector[..., position : position + size]
-        yield latent, part.reshape(vector.shape[:-1] + latent.unconstrained_shape)
+        yield latent, part.reshape(outside + latent.unconstrained_shape)
         position += size
 
 
@@ -130,16 +136,6 @@ def unconstrain(
             f"{ {name: tuple(value.shape) for name, value in samples.items()} }"
         )
     return torch.cat(parts, -1), torch.stack(ladjs).sum(0), torch.stack(inside).all(0)
-
-
-def check_continuous(name: str, fn: dist.TorchDistribution, cause: Exception | None = None) -> None:
-    """Raises `ValueError` for a discrete latent."""
-    support: Any = fn.support
-    if support.is_discrete:
-        raise ValueError(
-            f"latent {name!r} is discrete ({type(fn).__name__}), and a flow is continuous: marginalise it with "
-            f"infer.config_enumerate and TraceEnum_ELBO, and give the guide poutine.block(model, hide=[{name!r}])"
-        ) from cause
 
 
 def check_inside(name: str, support: Constraint, value: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ from torch import Tensor
 from .enumeration import enumerate_in_parallel, marginal_log_prob
 from .latents import (
     Latent,
-    bijection,
-    check_continuous,
     is_constant,
     read_latent,
     split,
+    to_support,
     unconstrain,
 )
+from .supports import bijection, support_of, true_support
 from .traces import (
     Program,
     Site,
@@ -446,7 +446,7 @@ def _continuous(trace: Trace) -> list[Latent]:
     found = []
     for name, site in sample_sites(trace):
         if is_latent(site) and not site["infer"].get("enumerate"):
-            check_continuous(name, site["fn"])
+            support_of(name, site["fn"])
             found.append(read_latent(name, site))
     return found
 
@@ -508,11 +508,8 @@ class _Substitute(Messenger):
             part, latent = self.unconstrained[name], self.names[name]
             if self.batch_dim is not None:
                 part = self._beside_plates(name, part)
-            transform = bijection(msg["fn"].support)
-            value = transform(part)
-            ladj = transform.log_abs_det_jacobian(part, value)
-            extra = ladj.dim() - value.dim() + latent.event_dim
-            self.ladjs.append(ladj.flatten(-extra).sum(-1) if extra > 0 else ladj)
+            value, ladj = to_support(part, true_support(name, msg["fn"]), latent.event_dim)
+            self.ladjs.append(ladj)
             shape = latent.shape if self.batch_dim is None else (len(part), *latent.shape)
             self.latents[name] = value.reshape(shape)
             msg["value"], msg["done"] = value, True

@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 
-from .latents import bijection
+from .latents import read_latent
 from .log_joint import check_marginalised
 from .traces import Program, Site, is_delta, is_latent, nesting_of, sample_sites
 
@@ -86,7 +86,7 @@ def check_density(model_trace: Trace, guide_trace: Trace, other: Trace) -> None:
 
 def _dimension(site: Site) -> int:
     """The dimension of a latent's unconstrained space."""
-    return int(bijection(site["fn"].support).inverse_shape(site["value"].shape).numel())
+    return read_latent(site["name"], site).unconstrained_shape.numel()
 
 
 def subsampled_plates(trace: Trace) -> dict[str, tuple[int, int]]:
