@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..transforms import FlowTransform
@@ -124,7 +125,8 @@ class AugmentedGuide(AutoFlow):
         """Samples latents and auxiliary variables, weighs them by 1 / r(u | z), and returns the latents, `(*, D)`."""
         latent = super().sample_latent(*args, **kwargs)
         log_r = self._flow.log_reverse(latent)
-        pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
+        with Messenger():  # Pyro warns of observed sites outside of every handler, as when the guide is called to draw
+            pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
         return latent[..., : self.latent_dim]
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
