@@ -31,10 +31,13 @@ def test_starts_as_the_flow_without_indices(name):
 
 @pytest.mark.parametrize("hidden_dims", [(50,), (50, 50, 50, 50)], ids=str)
 def test_indices_tell_where_they_are_from_the_start(hidden_dims):
-    """The mutual information of u and z, about log(1 + var μ / σ²) / 2, is of the order of a nat."""
-    density = ContinuouslyIndexedFlow(normal(2), T.planar(2), 1, index_hidden_dims=hidden_dims)
-    loc, log_scale = density.layers[0].index_net(torch.randn(2000, 2)).chunk(2, -1)
-    assert 0.3 < (0.5 * (1 + loc.var() / (2 * log_scale).exp().mean()).log()).item() < 2.5
+    """The mutual information of u and z, about log(1 + var μ / σ²) / 2, is half a nat in the mean of 40 networks."""
+    told = []
+    for _ in range(40):
+        density = ContinuouslyIndexedFlow(normal(2), T.planar(2), 1, index_hidden_dims=hidden_dims)
+        loc, log_scale = density.layers[0].index_net(torch.randn(2000, 2)).chunk(2, -1)
+        told.append(0.5 * (1 + loc.var() / (2 * log_scale).exp().mean()).log().item())
+    assert 0.3 < sum(told) / len(told) < 0.9
 
 
 def test_training_puts_the_indices_to_use():
@@ -86,9 +89,9 @@ def test_bound_against_quadrature_over_the_index(dim):
         weights = (density.log_prob(x.expand(20_000, 4, dim)) - exact).exp()
         error = weights.std(0) / 20_000**0.5
         assert ((weights.mean(0) - 1).abs() <= 5 * error).all()
-        torch.testing.assert_close(
-            density.log_prob_bound(x, 100_000, 20_000), exact, rtol=0, atol=0.1
-        )
+        found = density.log_prob_bound(x, 100_000, 20_000)
+        # Five standard errors of the mean weight, and the bias of its logarithm.
+        assert ((found - exact).abs() <= 5 * error / 5**0.5 + 0.02).all()
 
 
 def test_bound_grows_with_the_number_of_particles():

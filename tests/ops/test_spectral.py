@@ -20,7 +20,8 @@ def test_is_a_tight_bound(shape, scale, dtype):
     A = scale * torch.randn(shape, dtype=dtype)
     norm, bound = torch.linalg.matrix_norm(A, 2), spectral_norm_bound(A)
     assert bound.shape == shape[:-2]
-    assert (bound >= norm * (1 - 10 * torch.finfo(dtype).eps)).all()
+    # The bound is the exponential of a logarithm up to 16 here, whose rounding is relative to its size.
+    assert (bound >= norm * (1 - 50 * torch.finfo(dtype).eps)).all()
     assert (bound <= norm * min(shape[-2:]) ** (1 / 2048) * (1 + 1e-5)).all()
 
 

@@ -218,7 +218,11 @@ def test_empty_batch(family):
 
 def test_density_of_a_stack_integrates_to_one():
     stack = ComposeFlow(
-        [perturb(spline_coupling(2, HIDDEN, flip=bool(i % 2)).double()) for i in range(4)]
+        [
+            # Milder than elsewhere: the grid resolves the density.
+            perturb(spline_coupling(2, HIDDEN, flip=bool(i % 2)).double(), scale=0.4)
+            for i in range(4)
+        ]
     )
     base = dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)
     flow = dist.TransformedDistribution(base, [stack])
