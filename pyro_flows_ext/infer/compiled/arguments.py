@@ -12,6 +12,7 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from ...programs import Program
+from ..annealing import AnnealedELBO
 from .refusal import Refusal, check_plain
 
 _PLAIN = (int, bool, str, type(None))
@@ -25,6 +26,15 @@ class Call(NamedTuple):
     guide: Program
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+def state_of(call: Call) -> list[Any]:
+    """The objects of a call that have a state beside its tensors; not the counter of an annealed loss."""
+    loss = call.loss.elbo if isinstance(call.loss, AnnealedELBO) else call.loss
+    leaves = [
+        leaf for leaf in _flatten((call.args, call.kwargs))[0] if not isinstance(leaf, Tensor)
+    ]
+    return [call.model, call.guide, loss, *leaves]
 
 
 def read_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..annealing import AnnealedELBO
-from .arguments import Call, aliases, storages
+from .arguments import Call, aliases, state_of, storages
+from .guards import StateGuard
 from .losses import check_loss
 from .program import Backend, StepProgram
 from .refusal import Refusal
@@ -36,7 +37,7 @@ class CompiledSignature:
         self.params = {name: p for p, name in {p: name for name, p in params.items()}.items()}
         self.traced: LossGraph | None = None
         self.programs: dict[int, StepProgram] = {}
-        self.training: dict[nn.Module, bool] = {}
+        self.guard = StateGuard(())
         self.is_refused = False
         self.calls, self.next_check = 0, FIRST_CHECK
         self._reserved = storages(list(self.params.values()))  # memory that a step writes to
@@ -52,10 +53,10 @@ class CompiledSignature:
         return all(store.mapping.get(name) is p for name, p in self.params.items())
 
     def is_current(self, steps: int) -> bool:
-        """Whether parameters, modes of modules and optimizers, after `steps` steps, are those the programs were made for."""
+        """Whether parameters, closed-over state and optimizers are, after `steps` steps, those the programs were made for."""
         return (
             self.is_alive()
-            and all(m.training is mode for m, mode in self.training.items())
+            and self.guard.holds()
             and all(p.is_current(p.steps_seen != steps) for p in self.programs.values())
         )
 
@@ -91,10 +92,10 @@ class CompiledSignature:
         beta = params[0].new_ones(()) if isinstance(call.loss, AnnealedELBO) else None
         with _modules_called() as called:
             traced = trace_loss(call, params, arguments, beta)
-        for program in (call.model, call.guide):
-            called += program.modules() if isinstance(program, nn.Module) else ()
+        guard = StateGuard([*state_of(call), *called])
         verify(traced, call, self.params, arguments)
-        self.traced, self.training = traced, {m: m.training for m in called}
+        guard.settle([*params, *traced.others])
+        self.traced, self.guard = traced, guard
         self._closed_over = traced.others
         self._addresses = {t.data_ptr() for t in traced.others if t.numel()}
         self._aliases = self._aliases_of(arguments)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from pyro.optim import PyroOptim
 from pyro.optim.optim import is_scheduler
 from torch import Tensor
 
+from .guards import StateGuard
 from .refusal import Refusal
 from .rules import ClippedAdam, Group, Rule, rule_of
 
@@ -24,7 +25,7 @@ class Owner:
 
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
-    clip: tuple[tuple[str, float], ...] = ()
+    clip: Mapping[str, Any] = field(default_factory=dict)
 
 
 def owner_in(optim: PyroOptim, p: Tensor) -> Owner:
@@ -32,8 +33,7 @@ def owner_in(optim: PyroOptim, p: Tensor) -> Owner:
     holder = optim.optim_objs[p]
     optimizer = holder.optimizer if is_scheduler(holder) else holder
     clip = optim._get_grad_clip_args(p)  # type: ignore[arg-type]
-    kept = tuple((k, float(v)) for k, v in sorted(clip.items()) if v is not None)
-    return Owner(optimizer, optimizer.param_groups[0], kept)
+    return Owner(optimizer, optimizer.param_groups[0], clip)
 
 
 class _Cohort:
@@ -101,10 +101,18 @@ class Updates:
             (owner.group, cohort, owner.optimizer, owner.optimizer.state)
             for owner, cohort in zip(self.owners, self.cohorts, strict=True)
         ]
+        self.settings = StateGuard(())
+        for owner, cohort in zip(self.owners, self.cohorts, strict=True):
+            for name, value in cohort.settings.items():
+                self.settings.add_slot(owner.group, name, value)
+            for name, value in owner.clip.items():
+                self.settings.add_slot(owner.clip, name, value)
         self.width = sum(cohort.width for cohort in self.distinct)
 
     def is_current(self, others_stepped: bool) -> bool:
         """Takes over new rates, and counts if others stepped; whether they and the state still suit the graph."""
+        if not self.settings.holds():
+            return False
         if not others_stepped:  # what nearly every step finds, and finds quickly
             for group, cohort, optimizer, store in self.watched:
                 if group["lr"] != cohort.lr or optimizer.state is not store:
@@ -246,8 +254,8 @@ class Block:
             yield i, [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
-def _clipped(g: Tensor, clip: Sequence[tuple[str, float]]) -> Tensor:
-    limits = dict(clip)
+def _clipped(g: Tensor, clip: Mapping[str, Any]) -> Tensor:
+    limits = {name: float(limit) for name, limit in clip.items() if limit is not None}
     if "clip_norm" in limits:
         g = g * (limits["clip_norm"] / (g.norm() + _CLIP_EPS)).clamp(max=1.0)
     if "clip_value" in limits:

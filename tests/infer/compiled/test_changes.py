@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -105,16 +106,17 @@ def test_modes_and_buffers_of_modules_are_seen() -> None:
 
 
 def test_a_constant_of_the_graph_that_changes_is_noticed_later() -> None:
-    settings = {"scale": 1.0}
+    """Large arrays of numpy are not compared at every step, and the graph is compared with the handlers."""
+    scales = np.ones(10_000)
 
     def changing() -> None:
-        z = pyro.sample("z", dist.Normal(0.0, settings["scale"]))
+        z = pyro.sample("z", dist.Normal(0.0, float(scales[0])))
         pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[0])
 
     svi = compiled(changing, lambda: guide())
     svi.run(FIRST_CHECK + 2)
     assert svi.why_not is None
-    settings["scale"] = 0.5
+    scales[0] = 0.5
     with pytest.warns(UserWarning, match="its graph is not the program"):
         svi.run(FACTOR * FIRST_CHECK)
     svi.retrace()
