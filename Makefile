@@ -5,13 +5,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format notebooks clean
+.PHONY: demo test test-slow test-all lint format notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/pyro-flows demo
 
+# Everything but the tests marked slow.
 test: lint
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 -q -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -n 2 -q -m slow
+
+test-all: test test-slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

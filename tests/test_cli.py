@@ -84,6 +84,7 @@ def eight_schools(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 # --- fit ---
 
 
+@pytest.mark.slow
 def test_fit_writes_files_that_open(eight_schools: tuple[Path, str]) -> None:
     out, printed = eight_schools
     assert sorted(path.name for path in out.iterdir()) == FILES
@@ -112,6 +113,7 @@ def test_fit_writes_files_that_open(eight_schools: tuple[Path, str]) -> None:
     assert content["guide"] == {"kind": "iaf", "num_layers": 2}
 
 
+@pytest.mark.slow
 def test_fit_own_model(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = model_file.with_name("results")
     done = run(capsys, *fit_mine(model_file, "model", "--output", out, "--quiet"))
@@ -120,6 +122,7 @@ def test_fit_own_model(model_file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert torch.equal(read_guide(out / "guide.pt").data["y"], torch.tensor([0.5, 1.5, 2.5]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_seed_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = []
@@ -134,6 +137,7 @@ def test_seed_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # --- sample ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", [kind for kind in GUIDES if kind != "realnvp"])  # of one latent
 def test_sample_from_the_trained_guide(
@@ -180,6 +184,7 @@ def test_sample_built_in(
     assert not np.array_equal(a["mu"], c["mu"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_sample_runs_no_code_that_the_file_names(
     model_file: Path, capsys: pytest.CaptureFixture[str]
@@ -280,6 +285,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attribute", list(FAILURES))
 @pytest.mark.parametrize("earlier", [True, False], ids=["earlier results", "new directory"])
 def test_failing_fit(
@@ -304,6 +310,7 @@ def test_failing_fit(
 # --- the rest ---
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     done = run(capsys, "demo", *TINY, "--output", out)
@@ -331,6 +338,7 @@ def test_list(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "multivariate-normal" in done.out
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [

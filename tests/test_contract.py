@@ -20,7 +20,14 @@ def applies(entry, point):
 
 
 CASES = [
-    pytest.param(entry, point, dtype, id=f"{name}-{point}-{str(dtype)[6:]}")
+    pytest.param(
+        entry,
+        point,
+        dtype,
+        id=f"{name}-{point}-{str(dtype)[6:]}",
+        # Every point is checked on every entry in float64; the second dtype repeats what it can.
+        marks=[pytest.mark.slow] * (dtype != torch.float64),
+    )
     for name, entry in CATALOGUE.items()
     for point in POINTS.values()
     for dtype in point.dtypes

@@ -58,6 +58,7 @@ def test_linear_gaussian_by_datum():
     assert z_scores.abs().max() < 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 15])
 def test_weights_are_unbiased_and_their_logarithm_falls_short(num_steps):
     """However few the steps, and although their sizes are adapted: E ŵ = p(x), hence E log ŵ <= log p(x)."""
@@ -170,6 +171,7 @@ def poisson_guide(x=COUNTS):
     pyro.sample("rate", dist.LogNormal(1.0, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["prior", "by-hand", "auto", "flow"])
 def test_evidence_of_a_model(start):
     guide = None
@@ -188,6 +190,7 @@ def test_evidence_of_a_model(start):
     assert result.samples.exp().mean().item() == pytest.approx(2.4, abs=4 * 0.69 / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["prior", "guide"])
 def test_evidence_by_datum(start):
     def guide(x):

@@ -155,6 +155,7 @@ def test_global_latents_have_a_rank_a_simulation():
     assert result.p_value > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("thin", "is_even"), [(1, False), (30, True)], ids=["all", "thinned"])
 def test_correlated_draws_have_to_be_thinned(thin, is_even):
     result = simulation_based_calibration(

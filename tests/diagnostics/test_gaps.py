@@ -44,6 +44,7 @@ def wrong_guide(x):
         pyro.sample("z", wrong().to_event(1))
 
 
+@pytest.mark.slow
 def test_against_closed_forms():
     result = gaps(
         model,
@@ -87,6 +88,7 @@ def test_against_closed_forms():
     assert f"{result.fits['flow'].steps} steps" in text
 
 
+@pytest.mark.slow
 def test_the_posterior_itself_has_no_gaps():
     """A factorised posterior: weights are constant, and every estimate is exact."""
 
@@ -121,6 +123,7 @@ def skewed_guide(x):
         pyro.sample("z", dist.Normal((x + 0.1).log() - 1.0, 1.5))
 
 
+@pytest.mark.slow
 def test_one_skewed_latent_by_quadrature():
     x = torch.tensor([0.0, 0.0, 1.0, 3.0], dtype=torch.float64)
     z = torch.linspace(-40.0, 8.0, 20_001, dtype=torch.float64).unsqueeze(-1)
@@ -139,6 +142,7 @@ def test_one_skewed_latent_by_quadrature():
 # --- guides and models of other forms ---
 
 
+@pytest.mark.slow
 def test_amortized_flow_under_a_subsampled_plate():
     """One subsample for everything; the amortized bound is Pyro's, on the mean of a datum."""
 
@@ -162,6 +166,7 @@ def test_amortized_flow_under_a_subsampled_plate():
     assert gaps(local, guide, x, 3, **options).amortized.shape == (3,)
 
 
+@pytest.mark.slow
 def test_any_flow():
     made = []
 

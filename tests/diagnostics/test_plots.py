@@ -240,6 +240,7 @@ def test_draws_into_given_axes() -> None:
     assert plots.loss([3.0, 2.0, 1.0], ax=ax) is ax
 
 
+@pytest.mark.slow
 def test_importing_diagnostics_imports_neither_matplotlib_nor_arviz() -> None:
     code = (
         "import sys, pyro_flows_ext.diagnostics\n"
@@ -249,6 +250,7 @@ def test_importing_diagnostics_imports_neither_matplotlib_nor_arviz() -> None:
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_plots_do_not_import_pyplot() -> None:
     code = (
         "import sys, torch\n"

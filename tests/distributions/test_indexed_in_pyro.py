@@ -30,6 +30,7 @@ def programs(density, x, size=None):
     return model, guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, 20], ids=["all", "subsample"])
 def test_weights_by_datum(size):
     """Σ_n log 1/K Σ_k w_nk, scaled by 40 / size: the mean of many bounds is that of log_prob_bound."""
@@ -79,6 +80,7 @@ def test_model_without_data_draws():
     assert set(trace.nodes) == {"_INPUT", "x", "_RETURN"}
 
 
+@pytest.mark.slow
 def test_training_finds_two_parts_and_the_hole_between():
     """On [-2, -1] and [1, 2] alike, affine maps alone give a normal: here their indices make the parts."""
 

@@ -143,6 +143,7 @@ def test_truncated_draws_lie_on_the_manifold():
     assert torch.linalg.matrix_rank(draws.reshape(-1, D), tol=1e-4) == 1
 
 
+@pytest.mark.slow
 def test_a_linear_flow_finds_the_principal_components():
     """MSE(1) and MSE(2) of the best one- and two-dimensional subspaces, and the likelihood of the exact density."""
     torch.manual_seed(0)

@@ -253,6 +253,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "part", "bound"), BOUNDS.values(), ids=BOUNDS)
 def test_the_bound_of_a_subsample_is_unbiased(model, part, bound):
     x = simulate(12, torch.float64)

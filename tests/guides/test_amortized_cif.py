@@ -85,6 +85,7 @@ def one_latent(x):
         pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand(x.shape).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_density_of_every_datum_and_its_bound_by_integration():
     """Over a grid of z and u: q(z, u) and r(u | z) have mass one, and the bound has q(z) = ∫ q(z, u) du for mean."""

@@ -52,6 +52,7 @@ def trained():
     return x, guides
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_bound_of_a_linear_gaussian_model_nearly_reaches_the_evidence(trained):
     x, guides = trained
@@ -147,6 +148,7 @@ def folded(x):
         pyro.sample("x", dist.Normal(loc, 0.6).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_two_modes_a_datum():
     x = torch.tensor([[1.2, 1.0], [1.6, -1.0], [2.0, 0.0], [2.4, 0.5]])
     z = torch.linspace(-12, 12, 12_001)

@@ -21,6 +21,7 @@ from pyro_flows_ext.infer import fit
 from pyro_flows_ext.transforms import ComposeFlow, conditional_radial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", FLOWS.values(), ids=FLOWS)
 def test_training_finds_the_posterior_of_every_datum(flow):
     x = simulate(60)

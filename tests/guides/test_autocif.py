@@ -27,6 +27,7 @@ def two_modes():
     pyro.sample("y", dist.Normal(z**2, 1.0).to_event(1), obs=torch.tensor([4.0]))
 
 
+@pytest.mark.slow
 def test_two_separate_modes():
     guide = AutoCIF(
         two_modes,
@@ -57,6 +58,7 @@ def test_two_separate_modes():
     assert 0.2 < (result.samples["z"] > 0).float().mean() < 0.8
 
 
+@pytest.mark.slow
 def test_fit_whitens_and_bounds_the_evidence():
     cov = torch.tensor([[1.0, 9.0], [9.0, 100.0]])
 

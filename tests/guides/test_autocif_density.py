@@ -182,6 +182,7 @@ def marginal(guide, s):
     return (torch.trapezoid(joint.exp(), u, dim=-1).log() - s.log()).detach()
 
 
+@pytest.mark.slow
 def test_the_marginal_by_integration_is_that_of_the_draws():
     guide = one_layer()
     z = torch.linspace(-60, 60, 4001, dtype=torch.float64)
@@ -260,6 +261,7 @@ def test_path_gradients_vanish_where_guide_and_reverse_model_are_exact():
             assert iwae[name].abs().max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_path_gradients_are_unbiased():
     guide = one_layer(ElementwiseAffine)
     means, errors = [], []

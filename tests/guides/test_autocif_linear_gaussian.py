@@ -78,6 +78,7 @@ def test_the_optimum():
     assert -TRUTH.entropy().item() == pytest.approx(OPTIMUM, abs=5e-5)
 
 
+@pytest.mark.slow
 def test_trained_by_maximum_likelihood(trained):
     pyro.set_rng_seed(1)
     differences = []

@@ -145,6 +145,7 @@ def test_quantiles_and_median_agree_with_draws():
         assert ((median[name] - quantiles[name][1]).abs() < 0.1 * draws[name].std(0)).all()
 
 
+@pytest.mark.slow
 def test_quantiles_of_a_latent_of_many_numbers():
     def wide():
         pyro.sample("x", dist.Normal(torch.zeros(2000), 1.0).to_event(1))
@@ -182,6 +183,7 @@ def test_whiten_places_the_guide():
         guide.whiten(loc[:2], scale_tril[:2, :2])
 
 
+@pytest.mark.slow
 @every_guide
 def test_one_latent_dimension(guide_type):
     def small():

@@ -20,6 +20,7 @@ from pyro_flows_ext.infer import fit
 from pyro_flows_ext.programs import draw_particles, vectorization_error
 
 
+@pytest.mark.slow
 def test_fit_begins_warm_and_whitens():
     cov = torch.tensor([[1.0, 9.0], [9.0, 100.0]])
 

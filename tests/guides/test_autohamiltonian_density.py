@@ -75,6 +75,7 @@ def test_a_quarter_of_a_turn_puts_the_momentum_in_place_of_the_latents():
     assert gaps[2] == pytest.approx(0, abs=0.01)
 
 
+@pytest.mark.slow
 def test_more_steps_tighten_the_bound():
     """On a correlated posterior, with the best step sizes, masses, start and r for each number of steps."""
     bounds = []
@@ -114,6 +115,7 @@ def banana():
     pyro.sample("x", dist.Normal(z[..., 1] - z[..., 0] ** 2 / 2, 0.5), obs=torch.tensor(0.0))
 
 
+@pytest.mark.slow
 def test_a_bent_posterior_is_followed_further_than_by_independent_normals():
     results = []
     for guide in (AutoHamiltonian(banana, 3, step_size=0.25, init_scale=1.0), AutoNormal(banana)):
@@ -212,6 +214,7 @@ def one_latent():
     pyro.sample("s", dist.Gamma(torch.tensor(3.0, dtype=torch.float64), 1.0))
 
 
+@pytest.mark.slow
 def test_the_bound_on_the_density_rises_to_that_of_the_draws():
     guide = perturbed(3, program=one_latent, args=(), scale=0.5)
     s = torch.linspace(0.02, 60, 1500, dtype=torch.float64)
@@ -264,6 +267,7 @@ def test_the_models_parameters_get_the_gradient_of_the_bound(loss):
         assert gradient.view(-1)[0].item() == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_path_gradients_are_unbiased():
     guide = perturbed(1, program=one_latent, args=())
     means, errors = [], []

@@ -171,7 +171,30 @@ DISCRETE = {
 RIGHT["StableWithLogProb"] = RIGHT["Stable"]
 
 # Base classes and wrappers; likelihoods of series, counts and graphs; distributions that are not of latents of fixed size.
-NOT_LATENTS = ["CoalescentTimes", "CoalescentTimesWithRate", "DiscreteHMM", "ExpandedDistribution", "ExponentialFamily", "ExtendedBetaBinomial", "ExtendedBinomial", "GammaGaussianHMM", "GaussianHMM", "GaussianMRF", "GroupedNormalNormal", "IndependentHMM", "LKJCorrCholesky", "LinearHMM", "LogNormalNegativeBinomial", "MaskedDistribution", "OneOneMatching", "OneTwoMatching", "Rejector", "SpanningTree", "TorchDistribution", "Unit"]
+NOT_LATENTS = [
+    "CoalescentTimes",
+    "CoalescentTimesWithRate",
+    "DiscreteHMM",
+    "ExpandedDistribution",
+    "ExponentialFamily",
+    "ExtendedBetaBinomial",
+    "ExtendedBinomial",
+    "GammaGaussianHMM",
+    "GaussianHMM",
+    "GaussianMRF",
+    "GroupedNormalNormal",
+    "IndependentHMM",
+    "LKJCorrCholesky",
+    "LinearHMM",
+    "LogNormalNegativeBinomial",
+    "MaskedDistribution",
+    "OneOneMatching",
+    "OneTwoMatching",
+    "Rejector",
+    "SpanningTree",
+    "TorchDistribution",
+    "Unit",
+]
 
 
 def test_the_table_has_every_distribution():

@@ -51,6 +51,7 @@ def test_a_step_moves_the_map_about_as_far_as_the_rate_says(make):
         assert 0 < (new - old).abs().max() <= 4 * lr * num_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nsf", "iaf"])
 def test_cold_starts_end_at_the_posterior(name):
     guide = GUIDES[name](conjugate)

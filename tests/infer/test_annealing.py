@@ -200,6 +200,7 @@ def log_evidence(y):
     return dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("elbo", "term"),
     [

@@ -36,6 +36,7 @@ def told_by_the_noise(density, x):
     return torch.distributions.kl_divergence(q, dist.Normal(0.0, 1.0)).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first_steps", "is_used"), [(None, True), (0, False)], ids=["first", "at once"])  # fmt: skip
 def test_networks_behind_a_flow_are_used_if_they_train_first(first_steps, is_used):
     density, data, validation = flow_vae(), on_a_surface(400, 0), on_a_surface(200, 1)

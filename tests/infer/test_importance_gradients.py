@@ -342,6 +342,7 @@ def test_no_noise_is_left_at_the_posterior(num_particles):
     assert (sd["dreg"] < 1e-5).all()
 
 
+@pytest.mark.slow
 def test_the_signal_of_dreg_does_not_drown():
     ratios = {}
     for name in ("iwae", "dreg"):

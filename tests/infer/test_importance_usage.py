@@ -181,6 +181,7 @@ def log_evidence(y):
     return dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["iwae", "dreg"])
 @pytest.mark.parametrize(
     "guide",

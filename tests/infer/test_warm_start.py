@@ -181,6 +181,7 @@ def test_badly_scaled_gaussian():
     torch.testing.assert_close(guide.whitening.scale_tril, found.scale_tril)
 
 
+@pytest.mark.slow
 def test_funnel_is_not_started_at_its_peak():
     found, _ = begun(funnel)
     assert found.elbos[found.name] > -1.2
@@ -188,6 +189,7 @@ def test_funnel_is_not_started_at_its_peak():
     assert abs(found.loc[0]) < 1.5
 
 
+@pytest.mark.slow
 def test_flat_priors():
     found, _ = begun(flat)
     assert math.isfinite(found.elbos[found.name])
@@ -199,6 +201,7 @@ def test_values_without_density_are_survived():
     assert abs(found.loc[0] - 0.5) < 0.2
 
 
+@pytest.mark.slow
 def test_many_latents():
     found, _ = begun(wide)
     assert "diagonal" in found.elbos

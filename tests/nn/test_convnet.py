@@ -131,6 +131,7 @@ def test_residual_mlp_starts_at_zero_and_takes_a_context(hidden_dims):
     torch.testing.assert_close(y[2, 3], network(torch.cat([x[3], context[2, 0]])))
 
 
+@pytest.mark.slow
 def test_residual_mlp_compiles():
     network, x = ResidualMLP(3, 4, (5, 5)), torch.randn(6, 3)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")

@@ -284,6 +284,7 @@ def test_activation():
     torch.testing.assert_close(product(v)[0], (J @ v[0].unsqueeze(-1)).squeeze(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [mlp, convnet], ids=["mlp", "convnet"])
 def test_compiles(make):
     net = make(2, (4, 4)) if make is mlp else make(2, (4, 4), (3, 3))

@@ -59,6 +59,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_agrees_with_arviz(name: str) -> None:
     log_weights = WEIGHTS[name](torch.Generator().manual_seed(1))

@@ -155,6 +155,7 @@ def test_state_that_is_loaded_is_not_initialised_again():
     assert torch.equal(twin.loc, t.loc)
 
 
+@pytest.mark.slow
 @INVERSE
 def test_first_batch_compiled(inverse):
     t = actnorm(D, initialize_on_first_batch=True).double()

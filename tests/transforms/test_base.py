@@ -55,6 +55,7 @@ def conditioned():
     return lambda: transform.condition(context)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [plain, conditioned], ids=lambda make: make.__name__)
 def test_the_protocol_compiles_in_one_graph(make):
     transform = make()

@@ -216,6 +216,7 @@ def test_empty_batch(family):
     assert ladj.shape == (0,)
 
 
+@pytest.mark.slow
 def test_density_of_a_stack_integrates_to_one():
     stack = ComposeFlow(
         [

@@ -247,6 +247,7 @@ def test_repr(transform, expected):
     assert repr(transform) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS.values(), ids=str)
 def test_contract_of_a_stack(point):
     """One layer of each kind, the forms that the catalogue leaves out: few reflections, many, no bias."""

@@ -226,6 +226,7 @@ def two_moons(num, generator):
     return torch.stack([x, 2 * y], -1) + 0.1 * torch.randn(num, 2, generator=generator)
 
 
+@pytest.mark.slow
 def test_maximum_likelihood_on_two_moons():
     generator = torch.Generator().manual_seed(0)
     train, test = two_moons(1000, generator), two_moons(1000, generator)

@@ -138,6 +138,7 @@ def test_options_reach_the_layers():
     assert flow[1].mask.tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 @EACH
 def test_learns_a_scaled_and_shifted_density(name):
     """The likelihood of correlated data comes within .1 nats of the truth."""
@@ -168,6 +169,7 @@ def test_copies_score_alike(name):
     torch.testing.assert_close(copy.deepcopy(flow).inverse_and_ladj(y), (x, ladj))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Inductor calls what torch has deprecated
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @EACH

@@ -240,6 +240,7 @@ def test_a_network_that_is_no_contraction_is_found_out():
 # --- use ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False], ids=["estimated", "exact"])
 def test_learns_a_density(train):
     """By maximum likelihood, from samples of a density whose second variable swings with the first."""

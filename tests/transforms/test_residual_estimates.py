@@ -86,6 +86,7 @@ def expected_gradients(transform, loss, leaves):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neumann_gradient", [True, False], ids=["neumann", "series"])
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_gradients_are_unbiased_for_each_row(neumann_gradient, inverse):

@@ -46,6 +46,7 @@ def run(program: Any = model, make: Any = AutoNormal, **options: Any) -> tuple[A
     return result, {k: v.detach().clone() for k, v in pyro.get_param_store().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

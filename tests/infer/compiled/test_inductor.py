@@ -48,6 +48,7 @@ def test_writes_last(function: Callable[..., tuple[Tensor]], expected: bool) -> 
     assert inductor.writes_last(graph) is expected
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("function", [results_last, reads_what_it_wrote])
 def test_a_compiled_graph_is_the_function(function: Callable[..., tuple[Tensor]]) -> None:

@@ -67,6 +67,7 @@ def size_of(function: Any, inputs: list[Tensor]) -> int:
     return len(graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [1, 5])
 @pytest.mark.parametrize("layer", [T.planar, T.radial])
 def test_layers_are_the_graph(
@@ -81,6 +82,7 @@ def test_layers_are_the_graph(
         torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_and_their_gradients_are_found() -> None:
     """Planar: of the 6 layers all forwards, and backwards all but the last, whose input needs no gradient."""
     graph, _ = traced(stack_of(T.planar))
@@ -90,6 +92,7 @@ def test_layers_and_their_gradients_are_found() -> None:
     assert len(backward.chain) < len(backward.sources) / 4
 
 
+@pytest.mark.slow
 def test_operations_hardly_grow_with_layers() -> None:
     sizes = {}
     for count in (4, 12):
@@ -99,6 +102,7 @@ def test_operations_hardly_grow_with_layers() -> None:
     assert merged_12 - merged_4 < (flat_12 - flat_4) / 3
 
 
+@pytest.mark.slow
 def test_layers_that_wait_for_one_another_stay_as_they_are() -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -167,6 +171,7 @@ def test_a_layer_that_differs(break_at: int) -> None:
         torch.testing.assert_close(new, old)
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_merged_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a seed, the losses of `pyro.infer.SVI`."""
     made = []

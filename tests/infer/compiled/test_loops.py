@@ -62,6 +62,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[StepProgram]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("annealed", [False, True], ids=["elbo", "annealed"])
 def test_a_loop_takes_the_steps_of_the_handlers(
     interpreted: list[StepProgram], annealed: bool
@@ -117,6 +118,7 @@ def test_what_writes_into_buffers_is_repeated_instead(interpreted: list[StepProg
     torch.testing.assert_close(norm.running_mean, expected.reshape(1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_inductor_loops() -> None:
     svi = CompiledSVI(model, guide, start(), Trace_ELBO(), steps_per_call=8)

@@ -175,6 +175,7 @@ def test_values_keep_a_graph_and_shapes_make_one() -> None:
     assert graphs.count == 3
 
 
+@pytest.mark.slow
 def test_graphs_are_bounded() -> None:
     graphs = Graphs()
     svi = compiled(backend=graphs)

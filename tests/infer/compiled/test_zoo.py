@@ -283,6 +283,7 @@ def agree(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILES)
 def test_trains_as_the_handlers_do(name: str) -> None:
     case = COMPILES[name]
