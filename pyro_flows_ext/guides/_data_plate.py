@@ -102,9 +102,9 @@ class DataPlate:
 class _Reached(Exception):
     """The run has come to the latent that it was made for."""
 
-    def __init__(self, msg: Any, plate: SubsampleMessenger):
+    def __init__(self, msg: Any, plate: SubsampleMessenger, in_order: bool):
         super().__init__()
-        self.msg, self.plate = msg, plate
+        self.msg, self.plate, self.in_order = msg, plate, in_order
 
 
 class _RunTo(Messenger):
@@ -113,15 +113,18 @@ class _RunTo(Messenger):
     def __init__(self, latent: str, plate: str):
         super().__init__()
         self.latent, self.plate = latent, plate
+        self.in_order = False  # whether the plate takes all data, in their order, by default
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and msg["value"] is None:
+            self.in_order = msg["fn"].subsample_size in (None, msg["fn"].size)
         if msg["name"] != self.latent:
             return
         # The site itself says how many data there are. Which ones, only the plate does, whose own site
         # poutine.block(expose=...) hides.
         for handler in _PYRO_STACK:
             if isinstance(handler, SubsampleMessenger) and handler.name == self.plate:
-                raise _Reached(msg, handler)
+                raise _Reached(msg, handler, self.in_order)
 
 
 @torch.no_grad()
@@ -132,7 +135,7 @@ def find_plate(
 
     `given`: whether the indices of a subsample come with the arguments: see `indices_are_given`.
     """
-    plate, msg = _run_to(model, latent.name, name, args, kwargs)
+    plate, msg, in_order = _run_to(model, latent.name, name, args, kwargs)
     if msg["fn"].event_shape != latent.shape[len(latent.shape) - latent.event_dim :]:
         raise ValueError(
             f"latent {latent.name!r} has event shape {tuple(msg['fn'].event_shape)} for these arguments, which is not that "
@@ -141,7 +144,9 @@ def find_plate(
     size, full_size = int(plate.subsample_size), int(plate.size)
     indices: Tensor | None = torch.as_tensor(plate.indices)
     device = str(indices.device)  # type: ignore[union-attr]
-    if size == full_size:
+    if in_order:  # the values of the indices need not be read, as a compiled step cannot
+        given = False
+    elif size == full_size:
         given = not torch.equal(indices, torch.arange(size, device=device))  # type: ignore[arg-type]
     scale = msg["scale"] * (size / full_size)
     if not isinstance(scale, Tensor) and math.isclose(scale, 1.0):
@@ -161,12 +166,12 @@ def find_plate(
 @torch.no_grad()
 def indices_are_given(model: Program, latent: Latent, name: str, args: Any, kwargs: Any) -> bool:
     """Whether the arguments say which data a subsampling plate takes: those are the same in every run, draws are not."""
-    plate, _ = _run_to(model, latent.name, name, args, kwargs)
+    plate, *_ = _run_to(model, latent.name, name, args, kwargs)
     if plate.subsample_size == plate.size:
         return False
     first = torch.as_tensor(plate.indices)
     for _ in range(math.ceil(BITS / math.log2(plate.size))):
-        again, _ = _run_to(model, latent.name, name, args, kwargs)
+        again, *_ = _run_to(model, latent.name, name, args, kwargs)
         if not torch.equal(first, torch.as_tensor(again.indices)):
             return False
     return True
@@ -174,12 +179,13 @@ def indices_are_given(model: Program, latent: Latent, name: str, args: Any, kwar
 
 def _run_to(
     model: Program, latent: str, plate: str, args: Any, kwargs: Any
-) -> tuple[SubsampleMessenger, Any]:
+) -> tuple[SubsampleMessenger, Any, bool]:
+    """The plate, the message of the latent, and whether the plate takes all data in their order by default."""
     try:
         with poutine.block(), _RunTo(latent, plate):
             model(*args, **kwargs)
     except _Reached as reached:
-        return reached.plate, reached.msg
+        return reached.plate, reached.msg, reached.in_order
     raise ValueError(
         f"for these arguments the model has no latent {latent!r} in a plate {plate!r}, which the guide was set up for"
     )

@@ -23,7 +23,7 @@ from pyro.infer.autoguide import (
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from pyro_flows_ext.guides import AutoIAF, AutoPlanar
+from pyro_flows_ext.guides import AutoAmortizedFlow, AutoIAF, AutoPlanar
 from pyro_flows_ext.infer import AnnealedELBO, ImportanceWeightedELBO, linear
 from pyro_flows_ext.infer.compiled import CompiledSVI
 
@@ -191,6 +191,15 @@ def bayesian_module() -> tuple[Any, Any]:
     return model, AutoNormal(model)
 
 
+def amortized(flow: str | None) -> Callable[[], tuple[Any, Any]]:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    return lambda: (model, AutoAmortizedFlow(model, nn.Linear(3, 4).double(), flow=flow))
+
+
 def guided(model: Any, guide: Any, **options: Any) -> Callable[[], tuple[Any, Any]]:
     return lambda: (model, guide(model, **options))
 
@@ -227,6 +236,9 @@ COMPILES = {
     "score-function": Case(pair(discrete, discrete_guide)),
     "modules": Case(with_modules, (X,)),
     "PyroModule": Case(bayesian_module, (X, Y)),
+    "amortized-planar": Case(amortized("planar"), (X.double(),)),
+    "amortized-gaussian": Case(amortized(None), (X.double(),)),
+    "amortized-cif": Case(amortized("cif"), (X.double(),)),
     "particles": Case(guided(schools, AutoNormal), loss=vectorized),
     "particles-loop": Case(
         pair(constrained, constrained_guide), loss=lambda: Trace_ELBO(num_particles=2)
