@@ -18,10 +18,10 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_flows_ext.cli.targets import TARGETS
 from pyro_flows_ext.diagnostics import importance
 from pyro_flows_ext.guides import AutoIAF, AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import fit
+from pyro_flows_ext.testing.targets import TARGETS
 
 GUIDES = {
     "iaf": AutoIAF,

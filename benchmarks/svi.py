@@ -51,9 +51,9 @@ from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, autoguide
 from torch import Tensor, nn
 
 import pyro_flows_ext
-from pyro_flows_ext.cli.targets import TARGETS
 from pyro_flows_ext.guides import AutoCIF, AutoIAF, AutoNSF, AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import CompiledSVI
+from pyro_flows_ext.testing.targets import TARGETS
 
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "normal": autoguide.AutoNormal,

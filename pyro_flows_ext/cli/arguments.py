@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from .checkpoint import GUIDES
-from .density.data import SOURCES
-from .density.flows import DEQUANTIZE, FLOWS
-from .targets import TARGETS
+from ..results.densities import DEQUANTIZE, FLOWS
+from ..results.guides import GUIDES
+from ..testing.targets import TARGETS
+from .rows import SOURCES
 
 EXAMPLES = """\
 examples:
@@ -22,6 +22,9 @@ examples:
   pyro-flows density my_data.csv --flow nsf --output density
   pyro-flows sample results --num-samples 1000
   pyro-flows --list
+
+exit codes:
+  0 done, 1 the work failed, 2 bad input, 3 results are written but not every file, 130 interrupted, 143 terminated
 """
 
 FIT_NOTES = """\
@@ -30,12 +33,15 @@ targets:
 
 data:
   .json (an object of numbers and lists), .csv (a header, a vector for each column) or .npz; the names must be those
-  of the model's parameters. Whole numbers stay whole.
+  of the model's parameters. Whole numbers stay whole where the model runs with them. A column of strings becomes a
+  factor, 0, 1, ... in alphabetical order. Missing entries are NaN, which the model has to mask.
 
-files in the output directory:
-  posterior.nc   draws, for arviz.from_netcdf       posterior.png  densities of the parameters
-  summary.csv    mean, sd and quantiles             loss.png       the bound, step by step
-  guide.pt       the guide, for pyro-flows sample
+files in the output directory, the first two before all others:
+  guide.pt       the guide, for pyro-flows sample    posterior.nc   draws, for arviz.from_netcdf
+  fit.json       k-hat, ESS, ELBO, settings          posterior.png  densities of the parameters
+  summary.csv    mean, sd and quantiles              loss.png       the bound, step by step
+  Of these, posterior.nc contains your data (the group observed_data); guide.pt and fit.json contain the path of the
+  data file and a checksum. Ctrl-C and SIGTERM keep what there is so far, marked as unfinished in fit.json.
 
 reading the last lines:
   k-hat below 0.7 and an ESS near the number of draws say that the guide is close to the posterior where it goes;
@@ -49,11 +55,12 @@ examples:
 DENSITY_NOTES = """\
 data:
   a set by name (--list), .csv (a header, a column for each number of a row) or .npz (rows (N, D), or images (N, H, W)
-  or (N, C, H, W)). Eight tenths are trained on, one says when to stop, one is for the test; the seed decides which.
+  or (N, C, H, W)). Eight tenths are trained on, one decides when to stop, one is for the test; the seed draws them.
 
-files in the output directory:
+files in the output directory, the first two before all others:
   density.pt     the density, for pyro-flows sample    samples.png  draws beside data; on the plane the density too
   density.json   settings and test log-likelihoods     loss.png     the loss, step by step, and on validation rows
+  Of these, samples.png shows rows of your data; density.pt contains the mean and the scale of each column.
 
 reading the table:
   test log-likelihoods are in nats a row, in the units of the data; higher is better. Some flows are known by a lower
@@ -65,6 +72,13 @@ examples:
   pyro-flows density digits --flow glow
 """
 
+LISTS: dict[str, Mapping[str, Any]] = {
+    "targets": TARGETS,
+    "guides": GUIDES,
+    "data sets": SOURCES,
+    "flows": FLOWS,
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser that complains in one line, without the usage in front."""
@@ -72,9 +86,30 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"pyro-flows: error: {message} (see {self.prog} --help)\n")
 
+    def option(self, name: str, text: str, default: Any = None, **kwargs: Any) -> None:
+        """An option with a value, whose help ends in its default."""
+        kwargs.setdefault("metavar", "N")
+        ending = "" if default is None else " (default: %(default)s)"
+        self.add_argument(name, default=default, help=f"{text}{ending}", **kwargs)
+
+    def list_of(self, *titles: str) -> None:
+        """`--list`."""
+        self.add_argument("--list", action=_ListAction, const=titles, dest=argparse.SUPPRESS)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The arguments; of `sample`, the name of the file and its directory apart."""
+        found = super().parse_args(args, namespace)
+        if found.command == "sample":
+            home = found.directory if found.directory.suffix != ".pt" else found.directory.parent
+            file = home / "draws.npz" if found.output is None else found.output
+            if file.suffix != ".npz":
+                self.error(f"--output: expected a file that ends in .npz, got {str(file)!r}")
+            found.output, found.file = file.parent, file.name
+        return found
+
 
 class _ListAction(argparse.Action):
-    """`--list`: prints what there is, by the titles in `const`, and ends."""
+    """`--list`: prints the entries by the titles in `const`, and ends."""
 
     def __init__(self, const: tuple[str, ...], **kwargs: Any):
         super().__init__(nargs=0, const=const, help=f"list the {' and the '.join(const)}", **kwargs)
@@ -87,14 +122,6 @@ class _ListAction(argparse.Action):
         parser.exit()
 
 
-LISTS: dict[str, Mapping[str, Any]] = {
-    "targets": TARGETS,
-    "guides": GUIDES,
-    "data sets": SOURCES,
-    "flows": FLOWS,
-}
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; `args.command` names the command. Complains in one line, and exits with 2."""
     top = _Parser(
@@ -104,210 +131,105 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=__version__)
-    _add_list(top, *LISTS)
+    top.list_of(*LISTS)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (_add_fit, _add_density, _add_sample, _add_demo):
         add(commands)
     return top
 
 
-def _command(commands: Any, name: str, **kwargs: Any) -> argparse.ArgumentParser:
-    """A new command, with what all of them take."""
-    new: argparse.ArgumentParser = commands.add_parser(
-        name, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+def _command(commands: Any, name: str, description: str, epilog: str | None = None) -> _Parser:
+    """A new command, with the options of all commands."""
+    new: _Parser = commands.add_parser(
+        name,
+        help=description[0].lower() + description[1:].rstrip("."),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    new.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        metavar="N",
-        help="of all randomness (default: %(default)s)",
-    )
+    new.option("--seed", "of all randomness", 0, type=_seed)
     # One: where other programs run, two threads take up to 300 times as long as one for a small matrix.
-    new.add_argument(
-        "--threads",
-        type=_at_least(1),
-        default=1,
-        metavar="N",
-        help="for tensor operations; more than 1 pays for large data only (default: %(default)s)",
-    )
+    text = "for tensor operations; more than 1 pays for large data only"
+    new.option("--threads", text, 1, type=_at_least(1))
     new.add_argument("--debug", action="store_true", help="show where an error came from")
     return new
 
 
 def _add_fit(commands: Any) -> None:
-    fit = _command(
-        commands,
-        "fit",
-        help="fit a guide to a model and write draws, a summary and pictures",
-        description="Fits a guide to a model and writes draws, a summary and pictures.",
-        epilog=FIT_NOTES,
-    )
+    about = "Fit a guide to a model and write it, draws, a summary and pictures."
+    fit = _command(commands, "fit", about, FIT_NOTES)
     fit.add_argument("target", metavar="TARGET", help="a name or path/to/file.py:model")
-    fit.add_argument("--data", type=Path, metavar="FILE", help="data for the model")
-    fit.add_argument(
-        "--guide",
-        choices=GUIDES,
-        default="iaf",
-        metavar="NAME",
-        help=f"{', '.join(GUIDES)} (default: %(default)s)",
-    )
-    fit.add_argument(
-        "--num-layers",
-        type=_at_least(1),
-        metavar="K",
-        help="layers of the flow (default: 2 for iaf, 4 for sylvester and nsf, 8 for realnvp, 16 for planar and radial)",
-    )
-    _add_output(fit, "pyro-flows-output")
-    _add_list(fit, "targets", "guides")
-    _add_steps(fit, steps=2000, lr=0.02)
+    fit.option("--data", "data for the model", type=Path, metavar="FILE")
+    _add_kind(fit, "--guide", GUIDES, "iaf")
+    fit.option("--num-layers", "layers of the flow (default: by guide)", type=_at_least(1))
+    fit.list_of("targets", "guides")
+    _add_training(fit, "pyro-flows-output", steps=2000, lr=0.02)
     _add_draws(fit)
+    text = "write the log likelihood of every draw and row even where it is more than 10^7 numbers"
+    fit.add_argument("--log-likelihood", action="store_true", help=text)
     fit.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_density(commands: Any) -> None:
-    density = _command(
-        commands,
-        "density",
-        help="learn the density of data and write it, its test log-likelihood and pictures",
-        description="Learns the density of rows of numbers, and writes it, its test log-likelihood and pictures.",
-        epilog=DENSITY_NOTES,
+    about = (
+        "Learn the density of rows of numbers and write it, its test log-likelihood and pictures."
     )
+    density = _command(commands, "density", about, DENSITY_NOTES)
     density.add_argument("target", metavar="TARGET", help="a name, or a .csv or .npz file")
-    density.add_argument("--key", metavar="NAME", help="the array of an .npz that has several")
-    density.add_argument(
-        "--columns", metavar="A,B,...", help="the columns of a .csv to take (default: all)"
-    )
-    density.add_argument(
-        "--rows",
-        type=_at_least(20),
-        default=10_000,
-        metavar="N",
-        help="to draw of a set that is drawn (default: %(default)s)",
-    )
-    density.add_argument(
-        "--flow",
-        choices=FLOWS,
-        default="nsf",
-        metavar="NAME",
-        help=f"{', '.join(FLOWS)} (default: %(default)s)",
-    )
-    density.add_argument(
-        "--num-layers",
-        type=_at_least(1),
-        metavar="K",
-        help="layers of the flow, or steps a level (default: by flow)",
-    )
-    density.add_argument(
-        "--dequantize",
-        choices=DEQUANTIZE,
-        metavar="KIND",
-        help=f"noise for whole numbers: {', '.join(DEQUANTIZE)} (default: uniform for digits, otherwise no)",
-    )
-    _add_output(density, "pyro-flows-density")
-    _add_list(density, "data sets", "flows")
-    _add_steps(density, steps=2000, lr=0.003)
-    for name, default, text in (
-        ("--batch-size", 256, "rows a step"),
-        ("--patience", 10, "looks at the validation rows, fifty in all, without a gain to stop"),
-        ("--particles", 100, "draws of a bound, for the test rows"),
-    ):
-        density.add_argument(
-            name,
-            type=_at_least(1),
-            default=default,
-            metavar="N",
-            help=f"{text} (default: %(default)s)",
-        )
+    density.option("--key", "the array of an .npz that has several", metavar="NAME")
+    density.option("--columns", "the columns of a .csv to take (default: all)", metavar="A,B,...")
+    density.option("--rows", "to draw of a set that is drawn", 10_000, type=_at_least(20))
+    _add_kind(density, "--flow", FLOWS, "nsf")
+    text = "layers of the flow, or steps a level (default: by flow)"
+    density.option("--num-layers", text, type=_at_least(1))
+    text = f"noise for whole numbers: {', '.join(DEQUANTIZE)} (default: uniform for digits, otherwise no)"
+    density.option("--dequantize", text, choices=DEQUANTIZE, metavar="KIND")
+    density.list_of("data sets", "flows")
+    _add_training(density, "pyro-flows-density", steps=2000, lr=0.003)
+    density.option("--batch-size", "rows a step", 256, type=_at_least(1))
+    text = "evaluations of the validation rows, fifty in all, without a gain to stop"
+    density.option("--patience", text, 10, type=_at_least(1))
+    density.option("--particles", "draws of a bound, for the test rows", 100, type=_at_least(1))
     density.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_sample(commands: Any) -> None:
-    sample = _command(
-        commands,
-        "sample",
-        help="draw from a guide that fit wrote, or a density that density wrote",
-        description="Draws from the guide that `pyro-flows fit --output DIR` wrote, or from the density of "
-        "`pyro-flows density --output DIR`.",
-    )
-    sample.add_argument("directory", type=Path, metavar="DIR", help="where fit or density wrote to")
-    sample.add_argument(
-        "--num-samples",
-        type=_at_least(1),
-        default=1000,
-        metavar="N",
-        help="draws to make (default: %(default)s)",
-    )
-    sample.add_argument(
-        "--output", type=Path, metavar="FILE", help="a .npz file (default: DIR/draws.npz)"
-    )
-    sample.add_argument(
-        "--target", help="the model, needed when it is in a file: path/to/file.py:model"
-    )
+    about = "Draw from a guide that fit wrote, or a density that density wrote."
+    sample = _command(commands, "sample", about)
+    text = "the output directory of fit or density, or the guide.pt or density.pt in it"
+    sample.add_argument("directory", type=Path, metavar="DIR", help=text)
+    sample.option("--num-samples", "draws to make", 1000, type=_at_least(1))
+    sample.option("--output", "a .npz file (default: DIR/draws.npz)", type=Path, metavar="FILE")
+    text = "the model, needed when it is in a file: path/to/file.py:model"
+    sample.option("--target", text, metavar="TARGET")
+    text = "the data of the fit, needed when their file is no longer where it was"
+    sample.option("--data", text, type=Path, metavar="FILE")
 
 
 def _add_demo(commands: Any) -> None:
-    demo = _command(
-        commands,
-        "demo",
-        help="eight schools: independent normals against a flow",
-        description="Fits eight schools with independent normals and with a flow, and compares.",
-    )
-    _add_output(demo, "demo-output")
-    _add_steps(demo, steps=1500, lr=0.02)
+    demo = _command(commands, "demo", "Compare independent normals with a flow on eight schools.")
+    _add_training(demo, "demo-output", steps=1500, lr=0.02)
     _add_draws(demo)
-    demo.set_defaults(quiet=False)
+    demo.set_defaults(quiet=False, log_likelihood=False)
 
 
 # --- arguments of several commands ---
 
 
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default=Path(default),
-        help="where to write (default: %(default)s)",
-    )
+def _add_kind(parser: _Parser, name: str, kinds: Mapping[str, Any], default: str) -> None:
+    parser.option(name, ", ".join(kinds), default, choices=kinds, metavar="NAME")
 
 
-def _add_list(parser: argparse.ArgumentParser, *titles: str) -> None:
-    parser.add_argument("--list", action=_ListAction, const=titles, dest=argparse.SUPPRESS)
+def _add_training(parser: _Parser, output: str, steps: int, lr: float) -> None:
+    parser.option("--output", "where to write", Path(output), type=Path, metavar="DIR")
+    parser.option("--steps", "of the optimizer", steps, type=_at_least(1))
+    parser.option("--lr", "Adam's rate at the start", lr, type=_positive, metavar="RATE")
 
 
-def _add_steps(parser: argparse.ArgumentParser, steps: int, lr: float) -> None:
-    parser.add_argument(
-        "--steps",
-        type=_at_least(1),
-        default=steps,
-        metavar="N",
-        help="of the optimizer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lr",
-        type=_positive,
-        default=lr,
-        metavar="RATE",
-        help="Adam's rate at the start (default: %(default)s)",
-    )
-
-
-def _add_draws(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--particles",
-        type=_at_least(1),
-        default=64,
-        metavar="N",
-        help="draws a step (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-samples",
-        type=_at_least(2),
-        default=20_000,
-        metavar="N",
-        help="draws to summarise, weigh and write (default: %(default)s)",
-    )
+def _add_draws(parser: _Parser) -> None:
+    parser.option("--particles", "draws a step", 64, type=_at_least(1))
+    text = "draws to summarise, weigh and write"
+    parser.option("--num-samples", text, 20_000, type=_at_least(2))
 
 
 # --- types ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Entries of a CSV that stand for a missing value, in lower case.
+MISSING = {"", "na", "nan", "n/a", "null", "none"}
 
-def load_data(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.json` (an object of numbers and nested lists), `.csv` (a header and columns of numbers) or
-    `.npz` file, by key or column.
 
-    Whole numbers become int64 tensors, fractions tensors of the default dtype, truth values bool. Raises `ValueError`
-    for a file that cannot be read, entries that are no numbers, and NaN or infinite values, naming the key and how
-    many there are.
+class Columns(dict[str, Tensor]):
+    """Tensors by name. `levels`: the strings that the numbers 0, 1, ... of a factor stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels: dict[str, list[str]] = {}
+
+
+def load_data(path: str | Path) -> Columns:
+    """The tensors of a `.json` (an object of numbers and nested lists), `.csv` (a header, and columns of numbers or
+    strings) or `.npz` file, by key or column.
+
+    Whole numbers become int64 tensors, fractions tensors of the default dtype, truth values bool. A column of strings is
+    a factor: its levels in alphabetical order become 0, 1, ... An empty entry, NA or NaN among numbers is NaN. Raises
+    `ValueError` for a file that cannot be read, entries that are neither numbers nor strings, columns of both, and
+    missing entries of a factor.
     """
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
@@ -32,18 +45,14 @@ def load_data(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"data {str(path)!r}: {error.strerror or error}") from error
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"data {str(path)!r}: {error}") from error
-    return {key: _tensor(f"data {str(path)!r}, {key}", value) for key, value in arrays.items()}
-
-
-def scikit_learn_datasets() -> Any:
-    """`sklearn.datasets`; `ValueError` where it is not installed."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ValueError(
-            "this target's data come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    return datasets
+    columns = Columns()
+    for key, value in arrays.items():
+        where = f"data {str(path)!r}, {key}"
+        array = _array(where, value)
+        if array.dtype.kind in "UO":
+            columns.levels[key], array = _factor(where, array)
+        columns[key] = _tensor(where, array)
+    return columns
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -80,36 +89,64 @@ _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def _numbers(name: str, column: tuple[str, ...]) -> list[int] | list[float]:
-    """Whole numbers if all are, fractions otherwise."""
+def _numbers(name: str, column: tuple[str, ...]) -> list[int] | list[float] | list[str]:
+    """Whole numbers if all are, fractions if all are numbers or missing, strings if none is a number."""
     try:
         return [int(entry) for entry in column]
     except ValueError:
-        return [_number(f"column {name}, row {row}", entry) for row, entry in enumerate(column, 1)]
+        numbers = [_number(entry) for entry in column]
+    wrong = [row for row, number in enumerate(numbers) if number is None]
+    if not wrong:
+        return [math.nan if number is None else number for number in numbers]
+    present = [number for number in numbers if number is not None and not math.isnan(number)]
+    if present:
+        raise ValueError(
+            f"column {name}, row {wrong[0] + 1}: expected a number as in {len(present)} other rows, got "
+            f"{column[wrong[0]]!r}"
+        )
+    return [entry.strip() for entry in column]
 
 
-def _number(where: str, entry: str) -> float:
+def _number(entry: str) -> float | None:
+    if entry.strip().lower() in MISSING:
+        return math.nan
     try:
         return float(entry)
     except ValueError:
-        raise ValueError(f"{where}: expected a number, got {entry!r}") from None
+        return None
 
 
-def _tensor(where: str, value: Any) -> Tensor:
+def _array(where: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError:
         raise ValueError(f"{where}: expected lists of equal lengths") from None
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind == "O" and all(v is None or type(v) in (int, float) for v in array.flat):
+        array = array.astype(np.float64)  # null is NaN
+    if array.dtype.kind not in "biuf" and not (array.dtype.kind == "U" and array.ndim == 1):
         raise ValueError(f"{where}: expected numbers, got {array.dtype} entries")
     if array.size == 0:
         raise ValueError(f"{where}: expected at least one value")
-    if array.dtype.kind != "f":
-        return torch.tensor(array if array.dtype.kind == "b" else array.astype(np.int64))
-    tensor = torch.tensor(array, dtype=torch.get_default_dtype())
-    bad = (~tensor.isfinite()).flatten().nonzero()
-    if len(bad):
+    return array
+
+
+def _factor(where: str, array: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The levels of strings, and the number of each."""
+    missing = [row for row, entry in enumerate(array) if entry.strip().lower() in MISSING]
+    if missing:
         raise ValueError(
-            f"{where}: {len(bad)} of {array.size} values are NaN or infinite, the first at position {bad[0].item()}"
+            f"{where}: {len(missing)} of {len(array)} entries are missing, the first in row {missing[0] + 1}: leave such "
+            "rows out, or give them a level of their own"
         )
-    return tensor
+    levels, codes = np.unique(array, return_inverse=True)
+    return [str(level) for level in levels], codes
+
+
+def _tensor(where: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind == "f":
+        tensor = torch.tensor(array, dtype=torch.get_default_dtype())
+        beyond = np.isfinite(array) & ~tensor.isfinite().numpy()
+        if beyond.any():
+            raise ValueError(f"{where}: {array[beyond][0]} is beyond the range of {tensor.dtype}")
+        return tensor
+    return torch.tensor(array if array.dtype.kind == "b" else array.astype(np.int64))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Blue and vermilion are told apart by the colour-blind and in grey (Okabe & Ito 2008, Color universal design).
 DRAWS_COLOR, REFERENCE_COLOR, TEXT_COLOR = "#0072B2", "#D55E00", "#333333"
+# Of a verdict against what a picture shows: darker than the reference, which may be in the same picture.
+WARNING_COLOR = "#B00020"
 FONT_SIZE = 8.0
 # Width and height of a panel, inches.
 PANEL_SIZE = 1.75
@@ -119,6 +121,28 @@ def loss(result_or_losses: Any, *, ax: Axes | None = None) -> Axes:
     legend = ax.legend(loc="upper right", fontsize=FONT_SIZE, labelcolor=TEXT_COLOR)
     legend.get_frame().set(facecolor="white", alpha=0.85, linewidth=0)
     return ax
+
+
+def write_verdict(figure: Figure | SubFigure, verdict: str, trusted: bool) -> None:
+    """Writes a line above everything in a figure: whether to believe it.
+
+    Args:
+        figure: a figure of this module, e.g. `axes.flat[0].figure`.
+        verdict: the text, wrapped to the width of the figure.
+        trusted: False writes it in red and bold.
+    """
+    from textwrap import fill
+
+    # The mean character of the font is half as wide as it is high.
+    width = figure.bbox.width / figure.dpi * 72 / (0.55 * FONT_SIZE)
+    figure.suptitle(
+        fill(verdict, max(20, int(width))),
+        fontsize=FONT_SIZE,
+        fontweight="normal" if trusted else "bold",
+        color=TEXT_COLOR if trusted else WARNING_COLOR,
+        x=0.01,
+        ha="left",
+    )
 
 
 # --- panels ---

@@ -1,9 +1,12 @@
-"""Draws as a table: one row for every scalar parameter."""
+"""Draws as a table: one row for every scalar parameter, for a file or a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from itertools import product
 from typing import Any
 
@@ -58,6 +61,52 @@ def flatten_samples(samples: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"samples: expected as many draws of every site, got {sizes}")
     return flat
+
+
+def to_csv(rows: Sequence[ParameterSummary]) -> str:
+    """The rows of `summary` as text: `parameter,mean,sd,q05,q50,q95`, eight digits."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(field.name for field in fields(ParameterSummary))
+    for row in rows:
+        name, *values = astuple(row)
+        writer.writerow([name, *(f"{value:.8g}" for value in values)])
+    return file.getvalue()
+
+
+def print_table(
+    title: str, first: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Prints a table whose first column is text, and the others numbers, which are never cut short."""
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as text: `theta[a]` is no markup
+    console = Console(highlight=False)
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    if width > console.width:
+        console = Console(highlight=False, width=width)
+    console.print(table, crop=False)
+
+
+def rounded(value: float, sd: float) -> str:
+    """A value to three digits of a standard deviation."""
+    if not (math.isfinite(sd) and 1e-4 < abs(sd) < 1e6):
+        return f"{value:.4g}"
+    return f"{value:.{max(2 - math.floor(math.log10(sd)), 0)}f}"
+
+
+def mean_and_sd(mean: float, sd: float) -> str:
+    """`mean ± sd`, to three digits of the latter."""
+    return f"{rounded(mean, sd)} ± {rounded(sd, sd)}"
 
 
 def _to_numpy(value: Any) -> np.ndarray:

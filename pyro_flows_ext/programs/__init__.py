@@ -1,5 +1,6 @@
 """Pyro programs as functions: traces, latents, particles, and the log joint."""
 
+from .arguments import check_finite_log_joint, describe_nonfinite, nonfinite_arguments
 from .latents import (
     JacobianDelta,
     Latent,
@@ -50,11 +51,13 @@ __all__ = [
     "Site",
     "bijection",
     "check_density",
+    "check_finite_log_joint",
     "check_inside",
     "check_latents",
     "check_log_prob",
     "check_shapes",
     "constrain",
+    "describe_nonfinite",
     "draw_particles",
     "evaluation_mode",
     "in_particles",
@@ -63,6 +66,7 @@ __all__ = [
     "latent_sites",
     "log_prob_by_particle",
     "nesting_of",
+    "nonfinite_arguments",
     "nonfinite_ignored",
     "plate_nesting",
     "read_latent",

@@ -317,7 +317,7 @@ def test_log_likelihood_is_left_out(
     monkeypatch.setattr("pyro_flows_ext.diagnostics.export.MAX_LOG_LIKELIHOOD", limit)
     data = export(schools, log_likelihood=wanted)  # 30 draws, 4 rows
     assert ("log_likelihood" in groups(data)) == expected
-    with pytest.raises(ValueError, match="log_likelihood: expected True, False or .auto., got 3"):
+    with pytest.raises(ValueError, match=r"expected True, False or .auto., got 3"):
         export(schools, log_likelihood=3)
 
 

@@ -2,19 +2,21 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import assert_one_line, contents, run
 
 import pyro_flows_ext.cli.density as density_cli
-from pyro_flows_ext.cli.density.checkpoint import read_density
-from pyro_flows_ext.cli.density.data import SOURCES, load_rows, split_rows
-from pyro_flows_ext.cli.density.flows import FLOWS
+from pyro_flows_ext.cli.rows import SOURCES, load_rows, split_rows
 from pyro_flows_ext.distributions import TOYS
+from pyro_flows_ext.results import load
+from pyro_flows_ext.results.densities import FLOWS
 
+Run = Callable[..., Any]
 FILES = ["density.json", "density.pt", "loss.png", "samples.png"]
 TINY = ["--rows", 100, "--steps", 5, "--num-layers", 1, "--particles", 3]
 
@@ -22,6 +24,10 @@ TINY = ["--rows", 100, "--steps", 5, "--num-layers", 1, "--particles", 3]
 def rows_of(num: int, dim: int = 2) -> torch.Tensor:
     """Correlated normals."""
     return torch.randn(num, dim) @ (torch.eye(dim) + 0.5 * torch.ones(dim, dim).tril(-1)) + 3
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def write_csv(path: Path, values: torch.Tensor, names: str = "height,weight") -> Path:
@@ -35,16 +41,16 @@ def write_csv(path: Path, values: torch.Tensor, names: str = "height,weight") ->
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time of a small run."""
-    for name in ("write_samples", "write_loss"):
-        monkeypatch.setattr(density_cli, name, lambda *_: None)
+    monkeypatch.setattr(density_cli, "_samples_png", lambda *_: b"")
+    monkeypatch.setattr(density_cli, "png_bytes", lambda *_: b"")
 
 
 # --- the command ---
 
 
-def test_density_writes_files_that_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_density_writes_files_that_open(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "new" / "results"
-    done = run(capsys, "density", "moons", *TINY, "--output", out)
+    done = run("density", "moons", *TINY, "--output", out)
     assert (done.code, done.err) == (0, "")
     assert sorted(path.name for path in out.iterdir()) == FILES
     words = (
@@ -67,7 +73,7 @@ def test_density_writes_files_that_open(tmp_path: Path, capsys: pytest.CaptureFi
 
     # The numbers are those of the density in the file, on rows that it was not trained on.
     test = split_rows(load_rows("moons", num_rows=100, seed=0).values, seed=0).test
-    saved = read_density(out / "density.pt")
+    saved = load(out / "density.pt")
     with torch.no_grad():
         values = saved.density.log_prob(test).double()
     found = report["test_log_likelihood"]
@@ -79,13 +85,11 @@ def test_density_writes_files_that_open(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_likelihoods_are_in_the_units_of_the_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_likelihoods_are_in_the_units_of_the_data(tmp_path: Path, run: Run) -> None:
     values, means = rows_of(200), []
     for scale in (1.0, 1000.0):
         path = write_csv(tmp_path / "data.csv", scale * values)
-        run(capsys, "density", path, *TINY, "--output", tmp_path / "out", "--quiet")
+        run("density", path, *TINY, "--output", tmp_path / "out", "--quiet")
         report = json.loads((tmp_path / "out" / "density.json").read_text())
         means.append([report[f"{k}_log_likelihood"]["mean"] for k in ("test", "gaussian")])
         means[-1].append(-report["validation_loss"])
@@ -93,14 +97,12 @@ def test_likelihoods_are_in_the_units_of_the_data(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_training_helps_and_the_seed_decides(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_helps_and_the_seed_decides(tmp_path: Path, run: Run) -> None:
     found = []
     for i, seed in enumerate((3, 3, 4)):
         out = tmp_path / str(i)
         options = ["--rows", 1000, "--steps", 60, "--num-layers", 1, "--lr", 0.03]
-        done = run(capsys, "density", "sign", *options, "--seed", seed, "--quiet", "--output", out)
+        done = run("density", "sign", *options, "--seed", seed, "--quiet", "--output", out)
         assert (done.code, done.out, done.err) == (0, "", "")
         report = json.loads((out / "density.json").read_text())
         found.append(report["test_log_likelihood"]["mean"])
@@ -109,8 +111,8 @@ def test_training_helps_and_the_seed_decides(
     assert found[0] != found[2]
 
 
-def test_bounds_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run(capsys, "density", "abs", "--flow", "cif-maf", *TINY, "--output", tmp_path)
+def test_bounds_say_so(tmp_path: Path, run: Run) -> None:
+    done = run("density", "abs", "--flow", "cif-maf", *TINY, "--output", tmp_path)
     assert done.code == 0
     assert "a lower bound, 3 draws" in done.out
     assert "exactly" in done.out  # the Gaussian
@@ -120,45 +122,39 @@ def test_bounds_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_networks_behind_a_flow_train_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_networks_behind_a_flow_train_first(tmp_path: Path, run: Run) -> None:
     argv = ["density", "moons", *TINY, "--steps", 7, "--flow", "flow-vae", "--output", tmp_path]
-    assert "7 steps, the first 3 of the networks alone, on 80 rows" in run(capsys, *argv).out
+    assert "7 steps, the first 3 of the networks alone, on 80 rows" in run(*argv).out
     assert json.loads((tmp_path / "density.json").read_text())["first_steps"] == 3
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_ordered_latents_of_whole_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ordered_latents_of_whole_numbers(tmp_path: Path, run: Run) -> None:
     path = write_csv(tmp_path / "data.csv", rows_of(100).abs().round())
     argv = ["density", path, *TINY, "--flow", "nested-nsf", "--dequantize", "uniform"]
-    done = run(capsys, *argv, "--output", tmp_path)
+    done = run(*argv, "--output", tmp_path)
     assert (done.code, done.err) == (0, "")
     assert "bits a number at most" in done.out
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_density_no_better_than_a_gaussian_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_density_no_better_than_a_gaussian_says_so(tmp_path: Path, run: Run) -> None:
     path = write_csv(tmp_path / "data.csv", rows_of(100))
-    done = run(capsys, "density", path, *TINY, "--output", tmp_path)
+    done = run("density", path, *TINY, "--output", tmp_path)
     assert "No better than the Gaussian, to two standard errors: take more steps" in done.out
     linear = ["--flow", "nested-lu", "--steps", 5, "--output", tmp_path]
-    assert "it is linear, and so a Gaussian itself" in run(capsys, "density", path, *linear).out
+    assert "it is linear, and so a Gaussian itself" in run("density", path, *linear).out
 
 
 @pytest.mark.parametrize("flow", ["glow", "nsf"])
-def test_images(flow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images(flow: str, tmp_path: Path, run: Run) -> None:
     images = np.random.default_rng(0).integers(0, 8, (60, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=images, label=np.arange(60))
     argv = ["density", tmp_path / "images.npz", "--key", "x", "--flow", flow, *TINY[2:]]
-    done = run(capsys, *argv, "--dequantize", "uniform", "--output", tmp_path / "out")
+    done = run(*argv, "--dequantize", "uniform", "--output", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
     assert "bits a number at most, of whole numbers 0 to 7" in done.out
-    run(capsys, "sample", tmp_path / "out", "--num-samples", 5)
+    run("sample", tmp_path / "out", "--num-samples", 5)
     draws = np.load(tmp_path / "out" / "draws.npz")["x"]
     assert draws.shape == ((5, 1, 4, 4) if flow == "glow" else (5, 16))
     assert np.array_equal(draws, draws.round())
@@ -166,12 +162,12 @@ def test_images(flow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert draws.max() <= 7
 
 
-def test_several_columns_and_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_columns_and_one(tmp_path: Path, run: Run) -> None:
     path = write_csv(tmp_path / "data.csv", rows_of(40, 3), "a, b,c")
     for columns, dim in (("a,b,c", 3), ("c", 1)):
-        done = run(capsys, "density", path, "--columns", columns, *TINY, "--output", tmp_path)
+        done = run("density", path, "--columns", columns, *TINY, "--output", tmp_path)
         assert (done.code, done.err) == (0, "")
-        assert read_density(tmp_path / "density.pt").columns == tuple(columns.split(","))
+        assert load(tmp_path / "density.pt").columns == tuple(columns.split(","))
         assert f"test rows of {dim}" in done.out
 
 
@@ -179,11 +175,11 @@ def test_several_columns_and_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "density", "annulus", *TINY, "--quiet", "--output", tmp_path)
+def test_sample(tmp_path: Path, run: Run) -> None:
+    run("density", "annulus", *TINY, "--quiet", "--output", tmp_path)
     draws = []
     for seed in (1, 1, 2):
-        done = run(capsys, "sample", tmp_path, "--num-samples", 400, "--seed", seed)
+        done = run("sample", tmp_path, "--num-samples", 400, "--seed", seed)
         assert (done.code, done.err) == (0, "")
         draws.append(np.load(tmp_path / "draws.npz")["x"])
     assert draws[0].shape == (400, 2)
@@ -191,9 +187,9 @@ def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not np.array_equal(draws[0], draws[2])
     # In the units of the data: the annulus has variance 5 / 4 by coordinate.
     assert draws[0].std(0) == pytest.approx(1.12, abs=0.35)
-    assert_one_line(run(capsys, "sample", tmp_path, "--target", "u1"), 2, "--target: expected none")
+    run("sample", tmp_path, "--target", "u1").failed(2, "--target, --data: expected neither")
     (tmp_path / "guide.pt").touch()
-    assert_one_line(run(capsys, "sample", tmp_path), 2, "holds a guide and a density")
+    run("sample", tmp_path).failed(2, "holds a guide and a density")
 
 
 FINE = {
@@ -205,8 +201,11 @@ FINE = {
     "state": {},
 }  # fmt: skip
 BAD_FILES = {
-    "foreign": ({"weights": torch.zeros(2)}, "is not a density written by pyro-flows"),
-    "newer": ({**FINE, "version": 2}, "format version 2, and this release reads 1: density again"),
+    "foreign": ({"weights": torch.zeros(2)}, "is not a guide or density written by"),
+    "newer": (
+        {**FINE, "version": 2},
+        "format version 2, and this release reads 1: install a newer",
+    ),
     "parameters": (FINE, "entries do not fit"),
     "columns": ({**FINE, "columns": 3}, "entries do not fit"),
     "spec": ({**FINE, "spec": None}, "entries do not fit"),
@@ -217,12 +216,12 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", list(BAD_FILES))
-def test_bad_density_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_density_file(name: str, tmp_path: Path, run: Run) -> None:
     content, message = BAD_FILES[name]
     torch.save(content, tmp_path / "density.pt")
-    assert_one_line(run(capsys, "sample", tmp_path), 2, message)
+    run("sample", tmp_path).failed(2, message)
     (tmp_path / "density.pt").write_bytes(b"")
-    assert_one_line(run(capsys, "sample", tmp_path), 2, "is not a density, or only half of one")
+    run("sample", tmp_path).failed(2, "is not a guide or density, or only half of one")
 
 
 # --- failures ---
@@ -234,7 +233,7 @@ BAD_INPUT = {
     "few rows": (["few.csv"], "few.csv: expected at least 20 rows .*, got 5"),
     "no header": (["bare.csv"], "names of the columns in the first row, got numbers"),
     "no column": (["data.csv", "--columns", "height,age"], "no column 'age': expected some of height"),
-    "nan": (["nan.csv"], "weight: 1 of 40 values are NaN"),
+    "nan": (["nan.csv"], "weight: 1 of 40 values is NaN, the first in row 3 "),
     "constant": (["constant.csv"], "1 of 2 columns are constant .*: weight; leave them out"),
     "no key": (["two.npz"], "expected --key, one of a, b"),
     "wrong key": (["two.npz", "--key", "c"], "no 'c': expected --key, one of a, b"),
@@ -251,9 +250,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", list(BAD_INPUT))
-def test_bad_input(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.chdir(tmp_path)
     values = rows_of(40)
     write_csv(Path("data.csv"), values)
@@ -265,22 +262,20 @@ def test_bad_input(
     np.savez("scalar.npz", a=1.0)
     before = contents(tmp_path)
     argv, message = BAD_INPUT[name]
-    assert_one_line(run(capsys, "density", *argv), 2, message)
+    run("density", *argv).failed(2, message)
     assert contents(tmp_path) == before
     assert not (tmp_path / "pyro-flows-density").exists()
 
 
-def test_without_scikit_learn(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert_one_line(run(capsys, "density", "iris"), 2, "pip install scikit-learn")
+    run("density", "iris").failed(2, "pip install scikit-learn")
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (FloatingPointError("no finite loss"), 1, "error: no finite loss"),
+        (FloatingPointError("no finite loss"), 1, "no finite loss"),
         (KeyboardInterrupt(), 130, "interrupted; earlier results are as they were"),
     ],
     ids=["failing", "interrupted"],
@@ -291,20 +286,20 @@ def test_failing_run(
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     (tmp_path / "density.json").write_text("earlier")
     monkeypatch.setattr(density_cli, "fit_density", fail)
-    assert_one_line(run(capsys, "density", "moons", *TINY, "--output", tmp_path), code, message)
+    run("density", "moons", *TINY, "--output", tmp_path).failed(code, message)
     assert contents(tmp_path) == {"density.json": b"earlier"}
 
 
 @pytest.mark.parametrize("argv", [["--list"], ["density", "--list"]], ids=str)
-def test_list(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    done = run(capsys, *argv)
+def test_list(argv: list[str], run: Run) -> None:
+    done = run(*argv)
     assert done.code == 0
     names = [line.split()[0] for line in done.out.splitlines() if line.startswith("  ")]
     assert set(SOURCES) | set(FLOWS) <= set(names)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from ...distributions import Density
-from ...infer import DensityFitResult, fit_density
-from ..failures import failing_with, writing
-from ..report import print_table, write_npz
-from .checkpoint import read_density, save_density
-from .data import Rows, Split, load_rows, split_rows
-from .flows import FLOWS, DensitySpec
-from .pictures import write_loss, write_samples
-from .scores import Score, gaussian, score, standard_error
+from ..diagnostics import plots_density
+from ..diagnostics.scores import Score, gaussian, score, standard_error
+from ..diagnostics.summary import print_table
+from ..distributions import Density
+from ..infer import DensityFitResult, fit_density
+from ..results import DensitySpec, density_to_bytes
+from ..results.densities import FLOWS
+from .failures import failing_with
+from .output import Output, json_bytes, png_bytes
+from .rows import Rows, Split, load_rows, split_rows
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,13 @@ class Learned:
         gain = self.test.values - self.baseline.values
         return gain.mean().item(), standard_error(gain)
 
+    @property
+    def is_better(self) -> bool:
+        """Whether it fits better than the Gaussian, to two standard errors."""
+        return self.gain[0] >= 2 * self.gain[1]
 
-def density_command(args: argparse.Namespace) -> None:
+
+def density_command(args: argparse.Namespace, output: Output) -> None:
     """Trains a density, and writes it with its scores and pictures."""
     pyro.set_rng_seed(args.seed)
     with failing_with(2, ValueError, TypeError, OSError):
@@ -55,30 +59,42 @@ def density_command(args: argparse.Namespace) -> None:
         if not spec.dequantizes:
             _check_varies(rows, split.train.flatten(1))
         density = spec.build(split.train)
-    with writing(args.output) as scratch, failing_with(1, Exception):
+    with failing_with(1, Exception):
         learned = _learn(rows, split, spec, density, args)
-        save_density(scratch / "density.pt", rows.name, rows.columns, spec, density)
-        (scratch / "density.json").write_text(json.dumps(summary(learned, args), indent=1))
-        shuffled = torch.cat([split.test, split.validation, split.train]).flatten(1)
-        write_samples(rows, shuffled, density, scratch / "samples.png")
-        write_loss(learned.result, scratch / "loss.png")
+        report = summary(learned, args)
+        output.save(
+            {
+                "density.pt": density_to_bytes(rows.name, rows.columns, spec, density),
+                "density.json": json_bytes(report),
+            }
+        )
+    shuffled = torch.cat([split.test, split.validation, split.train]).flatten(1)
+    output.add("samples.png", lambda: _samples_png(learned, shuffled))
+    output.add("loss.png", lambda: png_bytes(plots_density.loss(learned.result)))
+    output.save(
+        {
+            "density.json": json_bytes(
+                {**report, "files": output.written, "not_written": output.failed}
+            )
+        }
+    )
     if not args.quiet:
         print_learned(learned)
-        print(f"wrote density.pt, density.json, samples.png, loss.png to {args.output}")
+        print(f"wrote {', '.join(output.written)} to {args.output}")
 
 
-def draw_from_density(args: argparse.Namespace, output: Path) -> None:
-    """Draws from the density in a directory, `x` of shape `(N, *event_shape)` in an .npz."""
-    with failing_with(2, ValueError):
-        if args.target is not None:
-            raise ValueError(
-                "--target: expected none, since no model is needed to draw from a density"
-            )
-        saved = read_density(args.directory / "density.pt")
-    with failing_with(1, RuntimeError, ValueError):
-        x = saved.density.sample((args.num_samples,))
-    with writing(output.parent) as scratch:
-        write_npz({"x": x.numpy()}, scratch / output.name)
+def _samples_png(learned: Learned, data: Tensor) -> bytes:
+    rows, gain = learned.rows, learned.gain
+    verdict = f"{_with_se(*gain)} nats a row over the Gaussian, on test rows"
+    figure = plots_density.samples(
+        learned.result.density,
+        data,
+        rows.columns,
+        image_shape=rows.image_shape,
+        verdict=verdict if learned.is_better else f"No better than the Gaussian: {verdict}",
+        trusted=learned.is_better,
+    )
+    return png_bytes(figure)
 
 
 def _learn(
@@ -97,7 +113,9 @@ def _learn(
     )
     test = score(density, split.test, args.particles)
     num_particles = test.num_particles or args.particles  # an estimate has the bound of one draw
-    baseline = score(gaussian(spec, split), split.test.flatten(1), num_particles)
+    baseline = score(
+        gaussian(spec, split.train, split.validation), split.test.flatten(1), num_particles
+    )
     return Learned(rows, split, spec, result, test, baseline)
 
 
@@ -147,7 +165,7 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "target": learned.rows.name,
         **asdict(learned.spec),
-        "num_layers": _num_layers(learned.spec),
+        "num_layers": learned.spec.depth,
         "num_parameters": _num_parameters(result.density),
         "rows": {name: len(part) for name, part in learned.split._asdict().items()},
         "settings": {
@@ -170,7 +188,7 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
 def print_learned(learned: Learned) -> None:
     """A table of test log-likelihoods, and how training went."""
     rows, spec, result, test = learned.rows, learned.spec, learned.result, learned.test
-    layers = _num_layers(spec)
+    layers = spec.depth
     name = spec.flow + ("" if layers is None else f", {layers} transforms")
     baseline = learned.baseline
     lines = [
@@ -194,12 +212,12 @@ def print_learned(learned: Learned) -> None:
     )
     if result.stopped_early:
         print("Stopped early: the validation rows fitted no better for a while.")
-    if learned.gain[0] < 2 * learned.gain[1]:
+    if not learned.is_better:
         print(f"No better than the Gaussian, to two standard errors: {_cure(learned)}.")
 
 
 def _cure(learned: Learned) -> str:
-    if _num_layers(learned.spec) is None:
+    if learned.spec.depth is None:
         return "it is linear, and so a Gaussian itself"
     steps = "" if learned.result.stopped_early else "more steps, "
     return f"take {steps}fewer layers or more data"
@@ -213,10 +231,6 @@ def _kind(value: Score) -> str:
 
 def _with_se(mean: float, se: float) -> str:
     return f"{mean:.3f} ± {se:.3f}"
-
-
-def _num_layers(spec: DensitySpec) -> int | None:
-    return spec.num_layers or FLOWS[spec.flow].num_layers
 
 
 def _num_parameters(density: Density) -> int:

@@ -1,4 +1,3 @@
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_flows_ext.cli.data import load_data
-from pyro_flows_ext.cli.targets import TARGETS, Target, load_target
+from pyro_flows_ext.cli.targets import load_target
 from pyro_flows_ext.distributions.energies import u1
 from pyro_flows_ext.programs import vectorization_error
+from pyro_flows_ext.testing.targets import TARGETS, Target
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,9 @@ def test_model_from_a_file_refused(model_file: Path, attribute: str, message: st
 
 def test_file_that_raises(tmp_path: Path) -> None:
     write(tmp_path / "broken.py", "1 / 0")
-    with pytest.raises(ValueError, match=r"broken\.py' raised ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        ValueError, match=r"broken\.py' raised .*broken\.py:1: ZeroDivisionError: division by zero"
+    ):
         load_target(f"{tmp_path / 'broken.py'}:model")
     with pytest.raises(ValueError, match=r"no file '.*gone\.py'"):
         load_target(f"{tmp_path / 'gone.py'}:model")
@@ -204,6 +206,40 @@ def test_whole_numbers_fit_the_built_in_models(tmp_path: Path) -> None:
     path = write(tmp_path / "data.json", '{"y": [28, 8], "sigma": [15, 10]}')
     target, data = load_target("eight-schools", path)
     assert poutine.trace(target.model).get_trace(**data).log_prob_sum().isfinite()
+
+
+FLOATS = """
+import torch, pyro, pyro.distributions as dist
+
+def model(X, group, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    alpha = pyro.sample("alpha", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(alpha[group] + X @ w, 1.0), obs=y)
+
+def broken(X, group, y):
+    calls.append(1)
+    {}["gone"]
+
+calls = []
+"""
+
+
+def test_integers_become_floats_where_the_model_needs_floats(tmp_path: Path) -> None:
+    write(tmp_path / "floats.py", FLOATS)
+    text = '{"X": [[1, 2], [3, 4], [5, 6]], "group": [0, 2, 1], "y": [1, 2, 3]}'
+    target, data = load_target(f"{tmp_path / 'floats.py'}:model", write(tmp_path / "d.json", text))
+    types = {name: value.dtype for name, value in data.items()}
+    assert types == {"X": torch.float32, "group": torch.int64, "y": torch.int64}
+    assert poutine.trace(target.model).get_trace(**data).log_prob_sum().isfinite()
+
+
+def test_an_error_that_types_do_not_explain_is_left_to_the_fit(tmp_path: Path) -> None:
+    write(tmp_path / "broken.py", FLOATS)
+    text = '{"X": [[1, 2]], "group": [0], "y": [1]}'
+    target, data = load_target(f"{tmp_path / 'broken.py'}:broken", write(tmp_path / "d.json", text))
+    assert all(value.dtype == torch.int64 for value in data.values())
+    assert len(target.model.__globals__["calls"]) == 1
 
 
 # --- files of data ---
@@ -234,16 +270,35 @@ def test_npz(tmp_path: Path) -> None:
     assert data["n"].dtype == torch.int64
 
 
+def test_strings_become_factors(tmp_path: Path) -> None:
+    data = load_data(write(tmp_path / "d.csv", "school,y\nwest,1\n Eton,2\nwest,3\n"))
+    assert data["school"].tolist() == [1, 0, 1]
+    assert data["school"].dtype == torch.int64
+    assert data.levels == {"school": ["Eton", "west"]}
+    assert load_data(write(tmp_path / "d.json", '{"s": ["b", "a"]}'))["s"].tolist() == [1, 0]
+
+
+def test_missing_numbers_are_nan(tmp_path: Path) -> None:
+    for path in (
+        write(tmp_path / "d.csv", "y,x\n1,2\n,3\nNA,4\n"),
+        write(tmp_path / "d.json", '{"y": [1, null, NaN]}'),
+    ):
+        y = load_data(path)["y"]
+        assert y.isnan().tolist() == [False, True, True]
+
+
 BAD_FILES = {
-    "nan.json": (json.dumps({"y": [1.0, math.nan, math.inf]}), "y: 2 of 3 .* first at position 1"),
-    "nan.csv": ("y\n1\nnan\n", "y: 1 of 2 values are NaN or infinite, the first at position 1"),
-    "large.csv": ("y\n1e99\n", "y: 1 of 1 values are NaN or infinite"),
-    "words.csv": ("x,y\n1,2\n3,four\n", "column y, row 2: expected a number, got 'four'"),
+    "large.csv": ("y\n1e99\n", "y: 1e.99 is beyond the range of torch.float32"),
+    "words.csv": (
+        "x,y\n1,2\n3,four\n",
+        "column y, row 2: expected a number as in 1 other rows, got 'four'",
+    ),
+    "factor.csv": ("x,y\na,2\n,3\nNA,4\n", "x: 2 of 3 entries are missing, the first in row 2"),
     "short.csv": ("x,y\n1,2\n3\n", "row 2 has 1 entries, the header 2"),
     "empty.csv": ("x,y\n", "expected a header and at least one row"),
     "twice.csv": ("x,x\n1,2\n", "columns named twice: x"),
-    "words.json": ('{"y": ["one"]}', "y: expected numbers"),
-    "null.json": ('{"y": [1, null]}', "y: expected numbers"),
+    "words.json": ('{"y": [["one"]]}', "y: expected numbers"),
+    "mixed.json": ('{"y": [1, {}]}', "y: expected numbers"),
     "ragged.json": ('{"y": [[1], [2, 3]]}', "y: expected lists of equal lengths"),
     "list.json": ("[1, 2]", "expected an object of names and numbers, got list"),
     "empty.json": ('{"y": []}', "y: expected at least one value"),

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...distributions import Density, FlowDistribution
-from ...transforms import ResidualFlow, Whitening
-from ...transforms.residual import EXACT_DIM
-from .data import Split
-from .flows import DensitySpec, normal
+from ..distributions import Density, FlowDistribution
+from ..results import DensitySpec
+from ..results.densities import normal
+from ..transforms import ResidualFlow, Whitening
+from ..transforms.residual import EXACT_DIM
 
 # Rows times draws of the bound at a time.
 CHUNK = 20_000
@@ -67,12 +67,13 @@ def score(density: Density, rows: Tensor, num_particles: int) -> Score:
     return Score(torch.cat(values).double(), "bound", num_particles)
 
 
-def gaussian(spec: DensitySpec, split: Split) -> Density:
-    """The Gaussian with the moments of the training rows, shrunk to its diagonal as the validation rows like it.
+def gaussian(spec: DensitySpec, train: Tensor, validation: Tensor) -> Density:
+    """The Gaussian with the moments of the training rows, as a density of the data to compare a flow with.
 
-    As a density of the data, with the same treatment of whole numbers, of rows as vectors `(D)`.
+    Its covariance is shrunk towards its diagonal by the share that is best on the validation rows. Whole numbers are
+    treated as `spec` treats them; rows are vectors `(D)`. Raises `ValueError` for constant columns.
     """
-    train, validation = split.train.flatten(1), split.validation.flatten(1)
+    train, validation = train.flatten(1), validation.flatten(1)
     spec = replace(spec, event_shape=tuple(train.shape[1:]))
     standardize = spec.standardize(train)
     y = standardize.forward_and_ladj(spec.continuous(train))[0].double()

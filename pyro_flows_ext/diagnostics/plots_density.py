@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...diagnostics import plots
-from ...distributions import Density
-from ...infer import DensityFitResult
-from .data import Rows
+from ..distributions import Density
+from . import plots
 from .scores import score
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_DRAWS = 2000
 # The density on the plane is scored on so many points a side, by a bound of so many draws where only that is known.
@@ -21,28 +22,51 @@ GRID, GRID_PARTICLES = 120, 10
 NUM_IMAGES = 40
 
 
-def write_samples(rows: Rows, data: Tensor, density: Density, path: Path) -> None:
-    """Draws beside the first of `data` `(N, D)`: images, points on the plane and the density, or pairs of columns."""
-    data = data[:NUM_DRAWS]
+def samples(
+    density: Density,
+    data: Tensor,
+    columns: Sequence[str],
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    verdict: str | None = None,
+    trusted: bool = True,
+) -> Figure:
+    """Draws of a density beside data: images, points on the plane and the density, or pairs of columns.
+
+    Args:
+        density: of rows `(D)`, or of images.
+        data: rows `(N, D)`; the first 2000 are drawn.
+        columns: a name for each column.
+        image_shape: `(C, H, W)` of a row that is an image.
+        verdict: a line for the top of the picture, see `plots.write_verdict`.
+        trusted: whether the verdict is a good one.
+    """
+    data = data[:NUM_DRAWS].cpu()
     with torch.no_grad():
-        draws = density.sample((NUM_DRAWS,)).flatten(1)
-    if rows.image_shape is not None:
-        figure = _images(rows.image_shape, data, draws)
+        draws = density.sample((NUM_DRAWS,)).flatten(1).cpu()
+    if image_shape is not None:
+        figure = _images(image_shape, data, draws)
     elif data.shape[1] == 2:
-        figure = _plane(rows, data, draws, density)
+        figure = _plane(columns, data, draws, density)
     else:
-        samples, reference = (
-            dict(zip(rows.columns, values.T.numpy(), strict=True)) for values in (draws, data)
+        of_draws, of_data = (
+            dict(zip(columns, values.T.numpy(), strict=True)) for values in (draws, data)
         )
-        axes = plots.posterior(samples, reference=reference, labels=("draws", "data"))
+        axes = plots.posterior(of_draws, reference=of_data, labels=("draws", "data"))
         title = axes[0, -1].get_legend().get_title()
         title.set_text(title.get_text().replace("parameters", "columns"))
         figure = axes.flat[0].figure
-    figure.savefig(path)
+    if verdict is not None:
+        plots.write_verdict(figure, verdict, trusted)
+    return figure
 
 
-def write_loss(result: DensityFitResult, path: Path) -> None:
-    """The loss of every step and on the validation data, with the parameters that were kept."""
+def loss(result: Any) -> Figure:
+    """The loss of every step and on the validation data, with the parameters that were kept.
+
+    Args:
+        result: the `DensityFitResult` of a run with validation data.
+    """
     ax = plots.loss(result.losses)
     steps, losses = result.validation_steps.numpy(), result.validation_losses.numpy()
     ax.plot(steps, losses, color=plots.REFERENCE_COLOR, lw=1.5, label="validation")
@@ -56,7 +80,7 @@ def write_loss(result: DensityFitResult, path: Path) -> None:
     ax.set_xlim(0, max(result.steps, 2))
     ax.set_ylabel("loss (nats a row)")
     ax.legend(loc="upper right", fontsize=plots.FONT_SIZE, labelcolor=plots.TEXT_COLOR)
-    ax.figure.savefig(path)  # type: ignore[union-attr]
+    return ax.figure  # type: ignore[return-value]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -65,7 +89,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
-def _plane(rows: Rows, data: Tensor, draws: Tensor, density: Density) -> Any:
+def _plane(columns: Sequence[str], data: Tensor, draws: Tensor, density: Density) -> Any:
     """The data, as many draws, and the density on the same square."""
     num = min(len(data), len(draws))
     data, draws = data[:num], draws[:num]
@@ -91,9 +115,9 @@ def _plane(rows: Rows, data: Tensor, draws: Tensor, density: Density) -> Any:
     for ax in (left, middle, right):
         ax.set_xlim(low[0].item(), high[0].item())
         ax.set_ylim(low[1].item(), high[1].item())
-        ax.set_xlabel(rows.columns[0], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
+        ax.set_xlabel(columns[0], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
         ax.tick_params(labelsize=plots.FONT_SIZE - 1, colors=plots.TEXT_COLOR)
-    left.set_ylabel(rows.columns[1], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
+    left.set_ylabel(columns[1], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
     return figure
 
 

@@ -1,17 +1,18 @@
-"""Flow densities by name, in the units of the data."""
+"""Flow densities by name, in the units of the data, and trained ones in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ... import transforms as T
-from ...distributions import (
+from .. import transforms as T
+from ..distributions import (
     ContinuouslyIndexedFlow,
     Density,
     Dequantized,
@@ -23,7 +24,9 @@ from ...distributions import (
     realnvp_image,
     rq_nsf_image,
 )
+from .content import are_tensors, misfit, state_of, to_bytes
 
+KIND, VERSION = "density", 1
 DEQUANTIZE = ("no", "uniform", "variational")
 
 
@@ -62,6 +65,11 @@ class DensitySpec:
         if train is not None and isinstance(inner, MultiScaleFlow):
             inner.initialize(standardize.forward_and_ladj(self.continuous(train))[0])
         return self.wrap(inner, standardize)
+
+    @property
+    def depth(self) -> int | None:
+        """The number of layers, by default that of the flow; None for flows without."""
+        return self.num_layers or FLOWS[self.flow].num_layers
 
     @property
     def dequantizes(self) -> bool:
@@ -206,3 +214,65 @@ FLOWS = {
         True,
     ),
 }
+
+
+# --- files ---
+
+
+@dataclass(frozen=True)
+class SavedDensity:
+    """A trained density in eval mode, the name of its data, and a name for each number of a row."""
+
+    target: str
+    columns: tuple[str, ...]
+    spec: DensitySpec
+    density: Density
+
+
+def density_to_bytes(
+    target: str, columns: tuple[str, ...], spec: DensitySpec, density: Density
+) -> bytes:
+    """The content of a file for a trained density."""
+    content = {
+        "target": target,
+        "columns": list(columns),
+        "spec": {**asdict(spec), "event_shape": list(spec.event_shape)},
+        "state": state_of(density),
+    }
+    return to_bytes(KIND, VERSION, content)
+
+
+def density_from(path: str | os.PathLike[str], content: Mapping[str, Any]) -> SavedDensity:
+    """The density of a file's content. Raises `ValueError` where its entries do not fit."""
+    columns, fields = content.get("columns"), content.get("spec")
+    if not (
+        isinstance(content.get("target"), str)
+        and isinstance(columns, list)
+        and all(isinstance(column, str) for column in columns)
+        and are_tensors(content.get("state"))
+        and isinstance(fields, dict)
+        and _is_spec(fields)
+    ):
+        raise misfit(path, KIND)
+    try:
+        spec = DensitySpec(**{**fields, "event_shape": tuple(fields["event_shape"])})
+        density = spec.build()
+        density.load_state_dict(content["state"])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise misfit(path, KIND) from error
+    density.eval()
+    return SavedDensity(content["target"], tuple(columns), spec, density)
+
+
+def _is_spec(fields: dict[str, Any]) -> bool:
+    """Whether these are the fields of a `DensitySpec`: a file may hold anything."""
+    return (
+        fields.keys() == DensitySpec.__dataclass_fields__.keys()
+        and fields["flow"] in list(FLOWS)
+        and isinstance(fields["event_shape"], list)
+        and len(fields["event_shape"]) in (1, 3)
+        and all(isinstance(size, int) for size in fields["event_shape"])
+        and isinstance(fields["num_layers"], int | None)
+        and fields["dequantize"] in DEQUANTIZE
+        and isinstance(fields["num_levels"], int | None)
+    )

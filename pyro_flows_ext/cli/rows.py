@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...distributions import TOYS
-from ..data import load_data, scikit_learn_datasets
+from ..distributions import TOYS
+from ..programs import describe_nonfinite
+from ..testing.targets import scikit_learn_datasets
+from .data import load_data
 
 # A standard error takes two rows of validation and of test data, which are a tenth each.
 MIN_ROWS = 20
@@ -110,7 +112,14 @@ def _from_csv(path: str, columns: str | None) -> Rows:
         raise ValueError(
             f"data {path!r}: no column {', '.join(map(repr, missing))}: expected some of {', '.join(arrays)}"
         )
+    strings = [name for name in names if name in arrays.levels]
+    if strings:
+        numbers = ",".join(name for name in names if name not in strings) or "..."
+        raise ValueError(
+            f"data {path!r}: expected columns of numbers, got strings in {', '.join(strings)}: add --columns {numbers}"
+        )
     values = torch.stack([arrays[name].to(torch.get_default_dtype()) for name in names], -1)
+    _check_finite(path, {name: arrays[name] for name in names})
     return Rows(Path(path).stem, values, tuple(names))
 
 
@@ -122,6 +131,7 @@ def _from_npz(path: str, key: str | None) -> Rows:
     if key not in arrays:
         raise ValueError(f"data {path!r}: no {key!r}: expected --key, one of {', '.join(arrays)}")
     values = arrays[key].to(torch.get_default_dtype())
+    _check_finite(path, {key: values})
     if values.dim() not in (1, 2, 3, 4):
         raise ValueError(
             f"data {path!r}, {key}: expected rows (N, D) or images (N, H, W) or (N, C, H, W), got {tuple(values.shape)}"
@@ -132,6 +142,13 @@ def _from_npz(path: str, key: str | None) -> Rows:
         image_shape = (channels, height, width)
     values = values.reshape(len(values), -1)
     return Rows(Path(path).stem, values, _numbered(key, values), image_shape)
+
+
+def _check_finite(path: str, columns: Mapping[str, Tensor]) -> None:
+    for name, values in columns.items():
+        problem = describe_nonfinite(name, values)
+        if problem is not None:
+            raise ValueError(f"data {path!r}, {problem}: leave such rows out")
 
 
 def _is_number(name: str) -> bool:

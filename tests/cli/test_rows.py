@@ -1,0 +1,37 @@
+"""Rows to learn a density of, and their split."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_flows_ext.cli.rows import SOURCES, load_rows, split_rows
+from pyro_flows_ext.distributions import TOYS
+
+NEEDS_SKLEARN = {"swiss-roll", "iris", "wine", "diabetes", "breast-cancer", "digits"}
+
+
+@pytest.mark.parametrize("name", list(SOURCES))
+def test_sets_by_name(name: str) -> None:
+    if name in NEEDS_SKLEARN:
+        pytest.importorskip("sklearn")
+    rows = load_rows(name.replace("-", "_"), num_rows=30, seed=1)
+    assert rows.values.isfinite().all()
+    assert rows.values.shape[1] == len(rows.columns)
+    assert torch.equal(rows.values, load_rows(name, num_rows=30, seed=1).values)
+    if rows.num_levels is not None:
+        assert rows.values.max() == rows.num_levels - 1
+        assert math.prod(rows.image_shape) == rows.values.shape[1]
+    if name in TOYS:
+        assert len(rows.values) == 30
+        assert rows.entropy == TOYS[name].entropy
+        assert not torch.equal(rows.values, load_rows(name, num_rows=30, seed=2).values)
+
+
+def test_the_split_is_one() -> None:
+    values = torch.arange(205.0)[:, None]
+    split = split_rows(values, seed=3)
+    assert list(map(len, split)) == [165, 20, 20]
+    assert sorted(torch.cat(split).flatten().tolist()) == values.flatten().tolist()
+    assert torch.equal(split.test, split_rows(values, seed=3).test)
+    assert not torch.equal(split.test, split_rows(values, seed=4).test)
