@@ -97,7 +97,7 @@ def main() -> None:
             model,
             guide,
             *train,
-            model_kwargs={"size": BATCH},
+            size=BATCH,
             num_steps=options.steps,
             lr=options.lr,
             num_particles=options.particles,

@@ -74,7 +74,7 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> tuple[dict, torc
         seed=seed,
         progress=False,
     )
-    weighed = importance(guide, model, num_samples=20_000)
+    weighed = importance(model, guide, num_samples=20_000)
     z = weighed.samples["z"]
     distance, nearest = torch.cdist(z, MODES).min(1)
     shares = torch.bincount(nearest[distance < 4 * SD], minlength=len(MODES)) / len(z)

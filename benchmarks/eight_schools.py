@@ -66,9 +66,9 @@ def main() -> None:
         for seed in range(options.seeds):
             pyro.clear_param_store()
             guide = GUIDES[name](target.model)
-            result = fit(target.model, guide, model_kwargs=data, seed=seed, progress=False)
+            result = fit(target.model, guide, **data, seed=seed, progress=False)
             torch.manual_seed(seed)
-            weighed = importance(guide, target.model, model_kwargs=data, num_samples=20_000)
+            weighed = importance(guide, target.model, **data, num_samples=20_000)
             draws = dict(weighed.samples)
             draws["theta"] = draws["mu"][:, None] + draws["tau"][:, None] * draws["theta_trans"]
             errors = {

@@ -28,8 +28,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_flows_ext.guides import AutoAmortizedFlow
-from pyro_flows_ext.infer import AnnealedELBO, ImportanceWeightedELBO
-from pyro_flows_ext.infer.annealing import linear
+from pyro_flows_ext.infer import AnnealedELBO, ImportanceWeightedELBO, linear
 
 FLOWS: dict[str, dict[str, Any]] = {
     "Gaussian": {"flow": None},

@@ -112,6 +112,7 @@ def _train(target: Target, data: Data, spec: GuideSpec, args: argparse.Namespace
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     result = stopped = None
+    arguments: dict[str, Any] = dict(data)
     # Settings and models that cannot be fitted are bad input; whatever else a model raises is a failure of the fit.
     with failing_with(1, Exception), failing_with(2, ValueError, TypeError):
         guide = spec.build(target.model)
@@ -119,7 +120,7 @@ def _train(target: Target, data: Data, spec: GuideSpec, args: argparse.Namespace
             result = fit(
                 target.model,
                 guide,
-                model_kwargs=data,
+                **arguments,
                 num_steps=args.steps,
                 lr=args.lr,
                 num_particles=args.particles,
@@ -131,7 +132,7 @@ def _train(target: Target, data: Data, spec: GuideSpec, args: argparse.Namespace
                 raise
             stopped = stop
     with failing_with(1, Exception):
-        weights = importance(guide, target.model, model_kwargs=data, num_samples=args.num_samples)
+        weights = importance(target.model, guide, num_samples=args.num_samples, **arguments)
     return Fitted(target, guide, result, weights, stopped)
 
 
@@ -141,11 +142,12 @@ class _Export:
     def __init__(self, fitted: Fitted, data: Data, args: argparse.Namespace):
         self.draws: Mapping[str, Any] = fitted.weights.samples
         self._data = self._error = None
+        arguments: dict[str, Any] = dict(data)
         try:
             self._data = to_inference_data(
-                fitted.guide,
                 fitted.target.model,
-                model_kwargs=data,
+                fitted.guide,
+                **arguments,
                 num_samples=args.num_samples,
                 # Without new data for every draw: they would outweigh the draws, and not every model can make them.
                 posterior_predictive=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyro
@@ -52,10 +53,11 @@ def _of_guide(saved: SavedGuide, args: argparse.Namespace) -> Mapping[str, np.nd
             )
     with failing_with(1, Exception), failing_with(2, ValueError, TypeError):
         guide = saved.rebuild(target.model, **data)
+        arguments: dict[str, Any] = dict(data)
         exported = to_inference_data(
-            guide,
             target.model,
-            model_kwargs=data,
+            guide,
+            **arguments,
             num_samples=args.num_samples,
             posterior_predictive=False,
             log_likelihood=False,

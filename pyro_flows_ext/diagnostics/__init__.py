@@ -1,11 +1,11 @@
 """How good is a guide? Importance weights, evidence, gaps, calibration, conditioning, summaries, export to ArviZ, plots."""
 
+from ..infer import ImportanceResult, importance
 from . import plots, plots_images
 from .ais import AISResult, annealed_importance_sampling, log_evidence_ais
 from .calibration import CalibrationResult, simulation_based_calibration
 from .export import save_netcdf, to_inference_data
 from .gaps import InferenceGaps, gaps
-from .importance import ImportanceResult, importance
 from .numerics import (
     LipschitzEstimate,
     jacobian_condition_number,

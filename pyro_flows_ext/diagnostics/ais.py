@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -13,9 +13,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from ..infer.path_gradients import is_delta
 from ..ops import effective_sample_size
-from ..programs import Program, vectorization_error
+from ..programs import Program, is_delta, vectorization_error
 from ..transforms._constrain import check_positive
 from .local_density import LocalDensity
 
@@ -115,10 +114,10 @@ def log_evidence_ais(
     *args: Any,
     guide: Program | None = None,
     plate: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
     num_chains: int = 16,
     num_steps: int = 500,
     num_leapfrog: int = 10,
+    **kwargs: Any,
 ) -> AISResult:
     """log p(x) of a Pyro model by annealing the likelihood: from the prior to the posterior, by default.
 
@@ -130,7 +129,6 @@ def log_evidence_ais(
     Raises `ValueError` for a discrete latent, under a subsampled plate other than `plate`, and for a model that does
     not vectorise; `TypeError` for a guide whose density at given values is not known.
     """
-    kwargs = dict(model_kwargs or {})
     plates = () if plate is None else (plate,)
     density = LocalDensity(model, args, kwargs, plates=plates)
     for name, indices in density.subsamples.items():

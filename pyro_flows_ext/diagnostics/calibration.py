@@ -131,19 +131,19 @@ def simulation_based_calibration(
     *args: Any,
     sampler: Sampler | None = None,
     to_args: Callable[[dict[str, Tensor]], tuple[Any, ...]] | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
     num_simulations: int = 200,
     num_draws: int = 99,
     thin: int = 1,
+    **kwargs: Any,
 ) -> CalibrationResult:
     """Ranks of latents drawn from the prior among draws given the data that they made: uniform for exact posteriors.
 
-    Each of `num_simulations` runs `model(*args, **model_kwargs)` with its observations drawn, replaces the data among
+    Each of `num_simulations` runs `model(*args, **kwargs)` with its observations drawn, replaces the data among
     the arguments by what was drawn, and takes `num_draws` draws of `guide` on those arguments. The data are those
     arguments that are the value of an observed site; where none is, `to_args` makes the arguments from
     `{observed site: value}`. Where every latent is local to a plate, every datum counts as a simulation.
 
-    In place of a guide (None), `sampler(num, *args, **model_kwargs)` returns `{site: (num, *shape)}`, e.g. MCMC or a
+    In place of a guide (None), `sampler(num, *args, **kwargs)` returns `{site: (num, *shape)}`, e.g. MCMC or a
     guide fitted anew; of correlated draws only every `thin`-th counts. Ties are broken at random.
 
     Raises `ValueError` for an observed site without an argument, factors (nothing can be drawn from them), and too few
@@ -155,7 +155,6 @@ def simulation_based_calibration(
     check_positive("num_simulations", num_simulations)
     check_positive("num_draws", num_draws)
     check_positive("thin", thin)
-    kwargs = dict(model_kwargs or {})
     trace = _trace(model, args, kwargs)
     observed = _observed(trace)
     replace = _replacement(observed, args, kwargs, to_args)

@@ -19,7 +19,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..files import write_atomically
-from ..programs import Program, draw_particles, vectorization_error
+from ..infer.importance import model_first
+from ..programs import (
+    LogJoint,
+    Particles,
+    Program,
+    draw_particles,
+    read_latent,
+    vectorization_error,
+)
 
 Site = Mapping[str, Any]
 
@@ -32,14 +40,15 @@ MAX_LOG_LIKELIHOOD = 10**7
 
 @torch.no_grad()
 def to_inference_data(
-    guide: Program,
     model: Program,
+    guide: Program,
     *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
     num_samples: int = 1000,
+    draws: Mapping[str, Tensor] | None = None,
     posterior_predictive: bool = True,
     log_likelihood: bool | str = True,
     coords: Mapping[str, Sequence[Any]] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """`num_samples` draws of the guide as one chain: `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
 
@@ -52,15 +61,23 @@ def to_inference_data(
 
     A dimension under `pyro.plate("J", ...)` is called J, with coordinates 0, 1, ... unless `coords["J"]` gives
     labels; any other is called `<site>_dim_<position>`, which is ArviZ's own way. `pyro.factor` is part of lp alone.
-    The guide's draws are not reweighted: for draws by weight see `diagnostics.importance`.
+    The guide's draws are not reweighted. `draws` replaces them: latent site -> `(chain, draw, *shape)`, as chains of
+    `infer.refine` give them; then there is no `log_weight`. `FitResult.to_inference_data` passes its draws on.
 
     Raises `ValueError` under a subsampled plate, for `coords` that fit no dimension, and where an observed site cannot
     be sampled (then pass `posterior_predictive=False`).
     """
     if log_likelihood not in (True, False, "auto"):
         raise ValueError(f'log_likelihood: expected True, False or "auto", got {log_likelihood!r}')
-    kwargs = dict(model_kwargs or {})
-    particles = draw_particles(model, guide, args, kwargs, num_samples=num_samples)
+    model, guide = model_first(model, guide)
+    if draws is None:
+        particles = draw_particles(model, guide, args, kwargs, num_samples=num_samples)
+        shape: tuple[int, int] = (1, num_samples)
+        stats = {"lp": particles.log_joint, "log_weight": particles.log_weights}
+    else:
+        particles = _evaluate(model, draws, args, kwargs)
+        shape = next(iter(draws.values())).shape[:2]  # type: ignore[assignment]
+        stats = {"lp": particles.log_joint}
     sites = _sites(model, {k: v[0] for k, v in particles.samples.items()}, args, kwargs)
     observed = {
         name: site
@@ -78,12 +95,12 @@ def to_inference_data(
             **particles.samples,
             **{name: replayed[name] for name in wanted if name not in observed},
         },
-        "sample_stats": {"lp": particles.log_joint, "log_weight": particles.log_weights},
+        "sample_stats": stats,
         "log_likelihood": _chosen(particles.log_likelihood, observed, log_likelihood),
         "posterior_predictive": {name: replayed[name] for name in wanted if name in observed},
     }
     arrays = {
-        group: {name: _to_numpy(value)[np.newaxis] for name, value in values.items()}
+        group: {name: _by_chain(value, shape) for name, value in values.items()}
         for group, values in groups.items()
     }
     arrays["observed_data"] = {name: _to_numpy(_data(site)) for name, site in observed.items()}
@@ -92,6 +109,25 @@ def to_inference_data(
         _coords(sites, coords or {}),
         {name: _dims(name, site) for name, site in sites.items()},
     )
+
+
+def _evaluate(
+    model: Program, draws: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Particles:
+    """Given draws by chain as particles, with their log joint and log likelihood."""
+    samples = {name: value.flatten(0, 1) for name, value in draws.items()}
+    with poutine.block():
+        first = poutine.condition(model, {name: value[0] for name, value in samples.items()})
+        trace = poutine.trace(first).get_trace(*args, **kwargs)
+    latents = [read_latent(name, trace.nodes[name]) for name in samples]
+    log_joint, log_likelihood = LogJoint(model, args, kwargs, latents=latents).at(samples)
+    unknown = torch.full_like(log_joint, torch.nan)
+    return Particles(samples, log_joint, unknown, log_likelihood)
+
+
+def _by_chain(value: Tensor, shape: tuple[int, int]) -> np.ndarray:
+    array = _to_numpy(value)
+    return array.reshape(*shape, *array.shape[1:])
 
 
 def _chosen(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 from torch import Tensor
 
+from ..infer.importance import plus_minus
 from ..programs import Program
 from ..transforms import FlowTransform
 from ..transforms._constrain import check_positive
 from .ais import AISResult, anneal, annealed_importance_sampling, log_mean_weight
-from .importance import _plus_minus
 from .local_density import LocalDensity, local_density
 from .local_fit import Fit, LocalFlow, LocalGaussian, full_rank_planar, log_weights, maximise
 
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
     se: float
 
     def __str__(self) -> str:
-        return _plus_minus(self.mean, self.se)
+        return plus_minus(self.mean, self.se)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,6 @@ def gaps(
     model: Program,
     guide: Program,
     *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
     flow: Callable[[int], FlowTransform] = full_rank_planar,
     num_samples: int = 1000,
     num_particles: int = 16,
@@ -129,10 +128,11 @@ def gaps(
     ais_chains: int = 16,
     ais_steps: int = 500,
     chunk_size: int = 100,
+    **kwargs: Any,
 ) -> InferenceGaps:
     """The approximation gap and the amortization gap of an amortized guide, with what they are made of.
 
-    The latents are local to a data plate; `guide(*args, **model_kwargs)` draws them given the data, one set of
+    The latents are local to a data plate; `guide(*args, **kwargs)` draws them given the data, one set of
     arguments for all that follows. Under a subsampled plate one subsample is drawn, and those are the data. Global
     latents have to be fixed by `poutine.condition`. Modules belong in eval mode: noise of dropout would end up in the
     gaps.
@@ -159,7 +159,7 @@ def gaps(
         "chunk_size": chunk_size,
     }.items():
         check_positive(name, value)
-    density = local_density(model, guide, args, dict(model_kwargs or {}))
+    density = local_density(model, guide, args, kwargs)
 
     start = density.draw_guide(guide, START_DRAWS)[0]
     gaussian = LocalGaussian(start.mean(0), start.std(0))

@@ -144,6 +144,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._flow_factory: FlowFactory | None = flow
         self._init_scale, self.base_df = init_scale, base_df
         self._known_shapes: set[Any] = set()
+        self._set_up_as: tuple[float, ...] = ()
 
     # --- setting up ---
 
@@ -162,6 +163,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
             raise
         self._known_shapes = {argument_shapes(args, kwargs)}
         self.transform = transform
+        self._set_up_as = _fingerprint(transform)
         self._check_param_store()
 
     def _make_transform(self, loc: Tensor) -> FlowTransform:
@@ -196,7 +198,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
             raise ValueError(
                 "the model has no latents: expected at least one unobserved, continuous site"
             )
-        for latent, (name, site) in zip(self._latents(), sites, strict=True):
+        for latent, (name, site) in zip(self.latents, sites, strict=True):
             check_inside(name, latent.support, latent.inside)
             check_log_prob(name, site["fn"], latent.inside)
             self._unconstrained_shapes[name] = latent.unconstrained_shape
@@ -204,7 +206,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
 
     def _init_loc(self) -> Tensor:
         """The values of the prototype, unconstrained `(D)`."""
-        values = {latent.name: latent.inside for latent in self._latents()}
+        values = {latent.name: latent.inside for latent in self.latents}
         return self._unconstrain(values)[0]
 
     @property
@@ -227,6 +229,11 @@ class AutoFlow(PortableGuide, AutoContinuous):
         with torch.no_grad():
             whitening.loc.copy_(loc)
             whitening.scale_tril.copy_(scale_tril.tril())
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the guide is set up and its parameters and whitening are as the setup left them."""
+        return self.prototype_trace is not None and _fingerprint(self.transform) == self._set_up_as
 
     # --- the AutoContinuous protocol ---
 
@@ -254,7 +261,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
         vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         result = {}
-        for latent, image in constrain(vector, self._latents(), in_plates=True):
+        for latent, image in constrain(vector, self.latents, in_plates=True):
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[latent.name]:
                     stack.enter_context(plates[frame.name])
@@ -292,13 +299,15 @@ class AutoFlow(PortableGuide, AutoContinuous):
 
     def _constrain(self, latent: Tensor) -> list[tuple[str, Tensor]]:
         """Splits `(*, D)` unconstrained into constrained sites `(*, *shape)`."""
-        return [(site.name, image.v) for site, image in constrain(latent, self._latents())]
+        return [(site.name, image.v) for site, image in constrain(latent, self.latents)]
 
     def _unconstrain(self, samples: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The unconstrained latents `(*, D)`, log|det| of their map to `samples` `(*)`, and whether those are in the support."""
-        return unconstrain(samples, self._latents())
+        return unconstrain(samples, self.latents)
 
-    def _latents(self) -> list[Latent]:
+    @property
+    def latents(self) -> list[Latent]:
+        """The latent sites, in the order in which they are laid out in the unconstrained vector."""
         return [read_latent(name, site) for name, site in self._sites()]
 
     # --- what could go wrong in silence ---
@@ -326,3 +335,20 @@ class AutoFlow(PortableGuide, AutoContinuous):
                     "set up a new guide on these arguments"
                 )
         self._known_shapes.add(shapes)
+
+
+@torch.no_grad()
+def _fingerprint(module: torch.nn.Module) -> tuple[float, ...]:
+    """Numbers that change whenever a parameter or a buffer does."""
+    return tuple(
+        float(
+            (
+                t.double()
+                * torch.linspace(1, 2, t.numel(), dtype=torch.float64, device=t.device).reshape(
+                    t.shape
+                )
+            ).sum()
+        )
+        for t in module.state_dict().values()
+        if t.is_floating_point()
+    )

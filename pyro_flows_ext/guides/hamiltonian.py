@@ -89,7 +89,7 @@ class AutoHamiltonian(AugmentedGuide):
 
         The latents must be those that the guide was set up on. Raises `ValueError` for a log joint that is random.
         """
-        density = LogJoint(model, args, kwargs, latents=self._latents())
+        density = LogJoint(model, args, kwargs, latents=self.latents)
         self._flow.leapfrog.potential.attach(density)
         self._program = (model,)
 

@@ -1,10 +1,11 @@
 """Training guides and densities: bounds, annealing, and where to begin."""
 
-from .annealing import AnnealedELBO, cosine, linear, rezende
 from .compiled import CompiledSVI
 from .density_training import DensityFitResult, fit_density
-from .importance import ImportanceWeightedELBO
-from .training import FitResult, fit
+from .elbo import AnnealedELBO, ImportanceWeightedELBO, cosine, linear, rezende
+from .importance import ImportanceResult, importance
+from .refine import RefineResult, refine
+from .training import FitResult, TrainingState, fit
 from .warm_start import WarmStart, warm_start
 
 __all__ = [
@@ -12,12 +13,17 @@ __all__ = [
     "CompiledSVI",
     "DensityFitResult",
     "FitResult",
+    "ImportanceResult",
     "ImportanceWeightedELBO",
+    "RefineResult",
+    "TrainingState",
     "WarmStart",
     "cosine",
     "fit",
     "fit_density",
+    "importance",
     "linear",
+    "refine",
     "rezende",
     "warm_start",
 ]

@@ -1,4 +1,4 @@
-"""What training loops share: checks of settings, the learning rate's way down, and the seed."""
+"""Settings, learning rates and seeds of the training loops."""
 
 from __future__ import annotations
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from ..distributions import Density
-from ._loop import MAX_BAD_STEPS, OptimFactory, check_settings, decay, seeded, warn_of_skipped
+from ._loop import (
+    MAX_BAD_STEPS,
+    OptimFactory,
+    check_settings,
+    decay,
+    seeded,
+    warn_of_skipped,
+)
 
 # Every look at the validation data takes the same random numbers: two looks at a bound differ by the parameters alone.
 LOOK_SEED = 0

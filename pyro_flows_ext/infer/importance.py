@@ -1,214 +1,193 @@
-"""Importance-weighted bounds, with weights by datum where the guide allows it, and low-variance gradients."""
+"""A guide weighed against its model: Pareto k-hat, effective sample size, ELBO and evidence, and better draws."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled, torch_item
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..programs import Program, vectorization_error
-from .path_gradients import CutMessenger, has_parameters, through_draws
-from .weights import Weights, check_latents, importance_weights
+from ..ops import effective_sample_size, pareto_smooth
+from ..programs import Program, draw_particles
 
-GRADIENTS = ("iwae", "stl", "dreg")
+# Below this effective share of the draws, the guide's own draws are far from the posterior's, whatever k-hat says.
+LOW_EFFICIENCY = 0.1
 
 
-class ImportanceWeightedELBO(ELBO):
-    """Lower bound: Σ_n s_n E log 1/K Σ_k w_nk, w_nk = p(x_n, z_nk) / q(z_nk), K = `num_particles`; nats.
+@dataclass(frozen=True)
+class ImportanceResult:
+    """Draws z_n of a guide q with weights w_n = p(x, z_n) / q(z_n), and what the weights say about the guide.
 
-    K = 1 is the ELBO; the bound grows with K towards log p(x). It is averaged over `num_bounds` B of them, B K draws in all:
-    less noise, the same bound. The data n are those of the plates that every latent of
-    model and guide lies in, auxiliary ones included: each has weights of its own, and what scales it (a subsampled plate,
-    `poutine.scale`) stays outside the logarithm as s_n. Where the latents have no plate in common there is one weight for
-    everything. What lies outside of those plates and depends on no draw is added. Plates are taken at their word: what is
-    inside depends on other data through nothing but what is outside. Particles share one subsample.
-
-    `gradient`, with w̃ = w / Σ w: "iwae", Σ w̃ ∇ log w; for the guide's parameters also "stl", Σ w̃ ∇ log w through the draws
-    alone, and "dreg", Σ w̃² ∇ log w through the draws alone. Those two have no variance left where q is the posterior, and
-    little near it, where the signal of "iwae" drowns in noise as K grows; far from it they can be the noisier ones.
-    "dreg" is unbiased; "stl" is biased for K > 1, and warns. Both leave the gradient of the model's parameters, and of
-    those in factors and `Delta` sites of the guide (the reverse model of a continuously indexed flow), as it is. They
-    take log q at the draws once more, a flow's by its inverse: but for flows that draw fast and invert slowly (up to 64
-    dimensions), see `path_gradients`.
-
-    `vectorize_particles` runs all particles at once, in a plate left of all others; for a model that cannot, False runs one
-    after the other. Unless `max_plate_nesting` is given, the first call runs model and guide to find it, and to see
-    whether a batch of particles gives the same log joint as one at a time.
-
-    Raises `ValueError` for a latent that is discrete or has no reparameterised draws; for K > 1 where scales differ within
-    a logarithm, as for a global latent beside a subsampled plate, where no part of the data gives a bound for all of it;
-    and for a model that does not vectorise.
-
-    Source: Burda, Grosse & Salakhutdinov 2016, Importance Weighted Autoencoders; Roeder, Wu & Duvenaud 2017, Sticking the
-    Landing; Tucker, Lawson, Gu & Maddison 2019, Doubly Reparameterized Gradient Estimators.
+    `samples`: latent site -> `(N, *shape)`; `log_weights`, `smoothed_log_weights` `(N)`, unnormalised, float64.
+    `k_hat`: shape of the weights' tail (see `ops.pareto_smooth`). `ess`: effective sample size of the raw weights, in
+    [1, N]. `elbo` ± `elbo_se`: mean of the log weights, in nats. `log_evidence` ± `log_evidence_se`: log of the mean
+    weight, with the standard error of a logarithm to first order (delta method); the latter means nothing where k-hat
+    is large.
     """
 
-    def __init__(
-        self,
-        num_particles: int = 1,
-        gradient: str = "iwae",
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = True,
-        num_bounds: int = 1,
-    ):
-        for name, value in (("num_particles", num_particles), ("num_bounds", num_bounds)):
-            if int(value) != value or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient: expected one of {', '.join(GRADIENTS)}; got {gradient!r}")
-        if gradient == "stl" and num_particles > 1:
-            warnings.warn(
-                'gradient="stl" is biased for num_particles > 1: it leaves out a part of the gradient whose mean is zero '
-                'for one particle only. Use "dreg", which is unbiased, or one particle',
-                stacklevel=2,
-            )
-        self.num_bounds = int(num_bounds)
-        super().__init__(
-            num_particles=self.num_bounds * int(num_particles),  # Pyro's word for all draws
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
-        self.gradient = gradient
+    samples: dict[str, Tensor] = field(repr=False)
+    log_weights: Tensor = field(repr=False)
+    smoothed_log_weights: Tensor = field(repr=False)
+    k_hat: float
+    ess: float
+    elbo: float
+    elbo_se: float
+    log_evidence: float
+    log_evidence_se: float
 
-    @torch.no_grad()
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Minus the bound, from one draw of K particles, without a gradient."""
-        traces = [(m, g) for m, g, _ in self._particles(model, guide, args, kwargs, paths=False)]
-        loss = -torch_item(self._weights(traces).bound)
-        warn_if_nan(loss, "loss")
-        return loss
+    @property
+    def num_samples(self) -> int:
+        """How many draws were weighed."""
+        return self.log_weights.numel()
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Minus the bound as a tensor, whose gradient is the one that `gradient` names."""
-        bound, surrogate = self._estimate(model, guide, args, kwargs)
-        warn_if_nan(bound, "loss")
-        return -bound.detach() - (surrogate - surrogate.detach())
+    @property
+    def efficiency(self) -> float:
+        """ESS / N: the worth of a draw of the guide in draws of the posterior, in (0, 1]."""
+        return self.ess / self.num_samples
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Minus the bound; adds its gradient to the `.grad` of the parameters."""
-        bound, surrogate = self._estimate(model, guide, args, kwargs)
-        if surrogate.requires_grad:
-            (-surrogate).backward()
-        loss = -torch_item(bound)
-        warn_if_nan(loss, "loss")
-        return loss
+    @property
+    def max_k_hat(self) -> float:
+        """min(1 - 1 / log10(N), 0.7): above it, N weights are too few for a tail so heavy (Vehtari et al. 2024)."""
+        return min(1 - 1 / math.log10(max(self.num_samples, 2)), 0.7)
 
-    def _estimate(
-        self, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The bound, and what to differentiate in its place."""
-        paths = self.gradient != "iwae" and torch.is_grad_enabled()
-        if paths and isinstance(poutine.unwrap(guide), Messenger):
+    @property
+    def reliable(self) -> bool:
+        """Whether the weights may be used: k-hat below `max_k_hat`, and known."""
+        return self.k_hat < self.max_k_hat
+
+    def resample(
+        self, num_samples: int | None = None, *, replace: bool = True
+    ) -> dict[str, Tensor]:
+        """Draws of the posterior: site -> `(num_samples, *shape)`, picked by their Pareto-smoothed weights.
+
+        With replacement (sampling importance resampling, Rubin 1987) and as many as there are by default. Without,
+        no draw comes twice, but large weights count for too little unless `num_samples` is a small part of N. Sites
+        are resampled jointly. Raises `ValueError` when no weight is usable, or too few are for `replace=False`.
+        """
+        num_samples = self.num_samples if num_samples is None else num_samples
+        if num_samples < 1:
+            raise ValueError(f"num_samples: expected a positive integer, got {num_samples!r}")
+        weights = self.smoothed_log_weights.softmax(0)
+        if not bool(weights.isfinite().all()):
             raise ValueError(
-                f"gradient={self.gradient!r}: expected a guide that runs by itself, got the messenger "
-                f'{type(poutine.unwrap(guide)).__name__}; use gradient="iwae"'
+                "resample: expected finite weights of which some are not zero, got "
+                f"{int(self.log_weights.isfinite().sum())} finite log weights of {self.num_samples}"
             )
-        traces: list[tuple[Trace, Trace]] = []
-        lives: list[Tensor] = []
-        cuts: list[Tensor] = []
-        for model_trace, guide_trace, cut in self._particles(model, guide, args, kwargs, paths):
-            traces.append((model_trace, guide_trace))
-            lives += cut.live.values()
-            cuts += cut.cuts.values()
-        weights = self._weights(traces, cut.cuts if paths else ())
-        if not paths:
-            return weights.bound, weights.bound
-        power = 2 if self.gradient == "dreg" else 1
-        signals = through_draws(weights.through_draws(power), lives, cuts)
-        surrogate = weights.bound.new_zeros(())
-        for live, signal in zip(lives, signals, strict=True):
-            surrogate = surrogate + (live * signal).sum()
-        rest = weights.around_draws()
-        if has_parameters(rest, cuts):
-            surrogate = surrogate + rest
-        return weights.bound, surrogate
+        usable = int((weights > 0).sum())
+        if not replace and num_samples > usable:
+            raise ValueError(
+                f"num_samples: expected at most {usable} (the weights above zero) with replace=False, "
+                f"got {num_samples}"
+            )
+        index = torch.multinomial(weights, num_samples, replacement=replace)
+        return {name: value[index.to(value.device)] for name, value in self.samples.items()}
 
-    def _weights(self, traces: list[tuple[Trace, Trace]], cut: Collection[str] = ()) -> Weights:
-        vectorized = self.vectorize_particles and self.num_particles > 1
-        return importance_weights(
-            traces,
-            cut,
-            self.num_bounds,
-            self.num_particles // self.num_bounds,
-            int(self.max_plate_nesting) if vectorized else None,
+    def __str__(self) -> str:
+        numbers = (
+            f"k-hat {self.k_hat:.2f}   ESS {self.ess:.0f} of {self.num_samples} ({self.efficiency:.1%})   "
+            f"ELBO {plus_minus(self.elbo, self.elbo_se)}   "
+            f"log evidence {plus_minus(self.log_evidence, self.log_evidence_se)}"
+        )
+        return f"{numbers}\n{self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """In words: whether the weights can be relied on, and what they cannot show."""
+        finite = int((self.log_weights < math.inf).sum())
+        if math.isnan(self.k_hat):
+            return (
+                f"Not reliable: {self.num_samples - finite} weights are NaN or infinite."
+                if finite < self.num_samples
+                else "Not reliable: every weight is zero; the guide misses the support of the model."
+            )
+        if self.k_hat == math.inf:
+            return (
+                "Not reliable: too few distinct large weights to estimate k-hat; weigh more draws."
+            )
+        if not self.reliable:
+            return (
+                f"Not reliable: k-hat is not below {self.max_k_hat:.2f}. The guide is too narrow somewhere, so that a "
+                "few draws carry the weight: do not trust the evidence or resampled draws."
+            )
+        if self.efficiency < LOW_EFFICIENCY:
+            return (
+                f"Usable weights, poor guide: k-hat is below {self.max_k_hat:.2f}, but the draws are worth only "
+                f"{self.efficiency:.1%} of their number. Trust weighted draws, not the guide's own."
+            )
+        return (
+            f"Reliable weights: k-hat is below {self.max_k_hat:.2f}. By itself it can mislead (a guide of the wrong "
+            "width may pass): read it with the ESS and the ELBO's standard error. No weight shows a mode that the "
+            "guide never visits."
         )
 
-    def _particles(
-        self, model: Program, guide: Program, args: Any, kwargs: Any, paths: bool
-    ) -> Iterator[tuple[Trace, Trace, CutMessenger]]:
-        """Traces of model and guide, of all particles at once or one after the other."""
-        repeats = self.num_particles
-        if self.vectorize_particles and self.num_particles > 1:
-            if math.isinf(self.max_plate_nesting):
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
-            model, guide = map(self._vectorized_num_particles, (model, guide))
-            repeats = 1
-        with _SharedSubsample():
-            for _ in range(repeats):
-                cut = CutMessenger()
-                program = cut(guide) if paths else guide
-                yield *self._get_trace(model, program, args, kwargs), cut
 
-    def _get_trace(
-        self, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> tuple[Trace, Trace]:
-        messenger = poutine.unwrap(guide)
-        if isinstance(messenger, Messenger):
-            guide(*args, **kwargs)
-            model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
-        else:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            replayed = poutine.replay(model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        check_latents(model_trace, guide_trace)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        for trace in traces:
-            trace.compute_log_prob()
-            if is_validation_enabled():
-                for site in trace.nodes.values():
-                    if site["type"] == "sample":
-                        check_site_shape(site, self.max_plate_nesting)
-        return traces
+def importance(
+    model: Program, guide: Program, *args: Any, num_samples: int = 2000, **kwargs: Any
+) -> ImportanceResult:
+    """Weighs draws of a guide q by w = p(x, z) / q(z).
 
-    def _guess_max_plate_nesting(
-        self, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> None:
-        super()._guess_max_plate_nesting(model, guide, args, kwargs)
-        if isinstance(poutine.unwrap(guide), Messenger):
-            return
-        reason = vectorization_error(model, guide, args, kwargs)
-        if reason is not None:
-            raise ValueError(
-                f"particles cannot run at once: {reason}. Or pass vectorize_particles=False; or, where the model draws "
-                "noise that is no sample site, max_plate_nesting, which leaves out this check"
-            )
+    Vectorised where model and guide allow it. Enumerated latents of the model are summed out. With auxiliary guide sites
+    the weights are those of the extended space: right, but less even than those of the guide's marginal density.
+
+    Args:
+        model: a Pyro model that sees the full data.
+        guide: any Pyro guide with a density. The two may be swapped where the guide is an `AutoGuide`.
+        args, kwargs: their arguments.
+        num_samples: how many draws are weighed.
+
+    Returns:
+        ImportanceResult: draws, weights, k-hat, effective sample size, ELBO and evidence.
+
+    Raises:
+        ValueError: for fewer than two draws, under a subsampled plate, for a latent that the guide does not draw or the
+            model observes, and for a guide of points (`AutoDelta`).
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> result = importance(model, lambda: pyro.sample("z", dist.Normal(0.0, 1.5)), num_samples=500)
+        >>> result.reliable
+        True
+    """
+    if int(num_samples) != num_samples or num_samples < 2:
+        raise ValueError(f"num_samples: expected an integer of at least 2, got {num_samples!r}")
+    model, guide = model_first(model, guide)
+    particles = draw_particles(model, guide, args, kwargs, num_samples=int(num_samples))
+    return weigh(particles.samples, particles.log_weights)
 
 
-class _SharedSubsample(Messenger):
-    """Gives every run within it the subsamples of the first."""
+def model_first(model: Program, guide: Program) -> tuple[Program, Program]:
+    """The model and the guide, swapped if the first is an `AutoGuide` and the second is not."""
+    if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
+        return guide, model
+    return model, guide
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            name = msg["name"]
-            if name not in self.values:
-                self.values[name] = msg["fn"](*msg["args"], **msg["kwargs"])
-            msg["value"] = self.values[name]
+def weigh(samples: dict[str, Tensor], log_weights: Tensor) -> ImportanceResult:
+    """The diagnostics of draws `(N, *shape)` by site with log weights `(N)`."""
+    smoothed, k_hat = pareto_smooth(log_weights)
+    log_weights, N = log_weights.double(), len(log_weights)
+    weights = (log_weights - log_weights.max()).exp()
+    return ImportanceResult(
+        samples=samples,
+        log_weights=log_weights,
+        smoothed_log_weights=smoothed.double(),
+        k_hat=k_hat.item(),
+        ess=effective_sample_size(log_weights).item(),
+        elbo=log_weights.mean().item(),
+        elbo_se=log_weights.std().item() / N**0.5,
+        log_evidence=log_weights.logsumexp(0).item() - math.log(N),
+        log_evidence_se=(weights.std() / weights.mean()).item() / N**0.5,
+    )
+
+
+def plus_minus(value: float, se: float) -> str:
+    """`value ± se` with two digits of the error."""
+    if not (math.isfinite(value) and math.isfinite(se)):
+        return f"{value:.3g} ± {se:.2g}"
+    digits = 1 - math.floor(math.log10(se)) if se > 0 else 4
+    digits = min(max(digits, 0), 4)
+    return f"{value:.{digits}f} ± {se:.{digits}f}"

@@ -1,5 +1,6 @@
 """Stateless functions on tensors."""
 
+from .chains import bulk_ess, normal_scores, r_hat
 from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
 from .linalg import householder_columns, matvec, orthonormal_columns, turned_columns
@@ -23,6 +24,7 @@ __all__ = [
     "Opaque",
     "Product",
     "anderson",
+    "bulk_ess",
     "contraction_inverse",
     "conv_norm_bound",
     "dense_jacobian",
@@ -33,9 +35,11 @@ __all__ = [
     "matvec",
     "monotone_root",
     "neumann_log_det",
+    "normal_scores",
     "orthonormal_columns",
     "pareto_smooth",
     "quantiles",
+    "r_hat",
     "roulette_weights",
     "rq_spline",
     "spectral_norm_bound",

@@ -11,7 +11,7 @@ from .latents import (
     to_support,
     unconstrain,
 )
-from .log_joint import LogJoint, value_and_gradient
+from .log_joint import ERRORS, LogJoint, value_and_gradient
 from .match import check_density, check_latents, check_shapes, traces_of
 from .particles import Particles, draw_particles
 from .supports import (
@@ -41,6 +41,7 @@ from .vectorization import plate_nesting, vectorization_error
 
 __all__ = [
     "CIRCULAR",
+    "ERRORS",
     "PARTICLES",
     "SPHERICAL",
     "JacobianDelta",

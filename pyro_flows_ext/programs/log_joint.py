@@ -184,6 +184,21 @@ class LogJoint:
             return {x.name: bijection(x.support)(parts[x.name]) for x in self.latents}
         return self._run_all(parts, self._draw_subsamples(), constrained=False, collect=None)[1]
 
+    @torch.no_grad()
+    def draw_prior(self, num: int) -> Tensor:
+        """Latents drawn by the model itself, unconstrained: at most `(num, D)`, without draws on the boundary."""
+        rows = []
+        with poutine.block(), nonfinite_ignored():
+            for _ in range(num):
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+                values: dict[str, Any] = {
+                    x.name: trace.nodes[x.name]["value"] for x in self.latents
+                }
+                latents = [read_latent(x.name, trace.nodes[x.name]) for x in self.latents]
+                rows.append(unconstrain(values, latents)[0])
+        u = torch.stack(rows)
+        return u[u.isfinite().all(-1)]
+
     # --- what the model consists of ---
 
     def _prototype(self, latents: Sequence[Latent] | None) -> Trace:

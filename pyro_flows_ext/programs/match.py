@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 
 from .latents import read_latent
 from .log_joint import check_marginalised
-from .traces import Program, Site, is_delta, is_latent, nesting_of, sample_sites
+from .traces import Program, Site, is_delta, is_latent, latent_sites, nesting_of, sample_sites
 
 
 @torch.no_grad()
@@ -49,13 +50,17 @@ def check_shapes(model_trace: Trace, guide_trace: Trace) -> None:
     """Pyro's checks of the shapes of single traces, as `SVI` makes them: raises `ValueError` for a missing plate."""
     if not is_validation_enabled():
         return
-    nesting = nesting_of(model_trace, guide_trace)
     pruned = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-    check_model_guide_match(*pruned, nesting)
+    # Without enumeration no batch dimension may lie left of the plates.
+    nesting: float = math.inf
+    if any(name not in guide_trace.nodes for name, _ in latent_sites(model_trace)):
+        nesting = nesting_of(model_trace, guide_trace)
+    else:
+        check_model_guide_match(*pruned, nesting)
     for trace in pruned:
         trace.compute_log_prob()
         for _, site in sample_sites(trace):
-            check_site_shape(site, nesting)
+            check_site_shape(site, nesting)  # type: ignore[arg-type]  # Pyro passes infinity too
 
 
 def check_density(model_trace: Trace, guide_trace: Trace, other: Trace) -> None:

@@ -193,9 +193,7 @@ def test_an_amortized_flow_and_keywords():
     """Data by keyword; the guide's auxiliary latent has no rank."""
     guide = AutoAmortizedFlow(local, nn.Linear(2, 3), flow="planar", num_layers=1)
     guide.setup(x=X)
-    result = simulation_based_calibration(
-        local, guide, model_kwargs={"x": X}, num_simulations=3, num_draws=19
-    )
+    result = simulation_based_calibration(local, guide, x=X, num_simulations=3, num_draws=19)
     assert set(result.ranks) == {"z[0]", "z[1]"}
     assert result.shape("z[0]")[1] > 5  # untrained, it starts at a tenth of the prior's width
 

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 from pyro_flows_ext.diagnostics import save_netcdf, to_inference_data
-from pyro_flows_ext.programs import vectorization_error
+from pyro_flows_ext.programs import draw_particles, vectorization_error
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ 0.23 announces 1.x on import
@@ -46,7 +46,7 @@ def export(model: Any, *args: Any, **kwargs: Any) -> Any:
     guide = AutoNormal(model)
     guide(*args)
     kwargs.setdefault("num_samples", 30)
-    return to_inference_data(guide, model, *args, **kwargs)
+    return to_inference_data(model, guide, *args, **kwargs)
 
 
 def groups(data: Any) -> set[str]:
@@ -108,7 +108,7 @@ def test_log_joint_and_weights() -> None:
     def guide() -> None:
         pyro.sample("z", dist.Normal(0.25, 0.5**0.5))
 
-    data = to_inference_data(guide, model, num_samples=20)
+    data = to_inference_data(model, guide, num_samples=20)
     z = torch.as_tensor(data["posterior"]["z"].values)
     prior = dist.Normal(0.0, 1.0)
     expected = prior.log_prob(z) + prior.log_prob(z - 0.5)
@@ -141,7 +141,7 @@ def test_predictions_belong_to_their_draw(model: Any, num_samples: int) -> None:
     guide = AutoNormal(model)
     guide()
     assert (vectorization_error(model, guide) is None) == (model is batched_schools)
-    data = to_inference_data(guide, model, num_samples=num_samples)
+    data = to_inference_data(model, guide, num_samples=num_samples)
     mean = data["posterior"]["mu"].values + data["posterior"]["slope"].values.sum(-1)
     predicted = data["posterior_predictive"]["y"]
     assert predicted.dims == ("chain", "draw", "school")
@@ -227,11 +227,35 @@ def test_without_predictions() -> None:
     assert data["posterior"]["theta"].shape == (1, 30, 4)
 
 
-def test_other_guides_and_model_kwargs() -> None:
+def test_other_guides_and_keywords_of_the_model() -> None:
+    guide = AutoNormal(schools)
+    guide(y=Y)
+    data = to_inference_data(schools, guide, y=Y, num_samples=5)
+    assert data["posterior"]["mu"].shape == (1, 5)
+
+
+def test_points_are_refused() -> None:
     guide = AutoDelta(schools)
     guide(y=Y)
-    data = to_inference_data(guide, schools, model_kwargs={"y": Y}, num_samples=5)
-    assert float(data["posterior"]["mu"].std()) == 0.0
+    with pytest.raises(ValueError, match="are points"):
+        to_inference_data(schools, guide, y=Y, num_samples=5)
+
+
+def test_given_draws_keep_their_chains() -> None:
+    guide = AutoNormal(schools)
+    guide(y=Y)
+    draws = {
+        name: value.reshape(3, 4, *value.shape[1:]) for name, value in _draws(guide, 12).items()
+    }
+    data = to_inference_data(schools, guide, y=Y, draws=draws)
+    np.testing.assert_array_equal(data["posterior"]["mu"], draws["mu"])
+    assert "log_weight" not in data["sample_stats"]
+    assert data["log_likelihood"]["y"].shape[:2] == (3, 4)
+
+
+def _draws(guide: Any, num: int) -> dict[str, Tensor]:
+    particles = draw_particles(schools, guide, kwargs={"y": Y}, num_samples=num)
+    return particles.samples
 
 
 class NoSampler(dist.Normal):
@@ -337,5 +361,5 @@ def test_a_deterministic_site_that_sums_over_the_batch_is_computed_draw_by_draw(
 
     guide = AutoNormal(model)
     guide()
-    posterior = to_inference_data(guide, model, num_samples=5)["posterior"]
+    posterior = to_inference_data(model, guide, num_samples=5)["posterior"]
     np.testing.assert_allclose(posterior["total"], posterior["w"].sum(axis=-1), rtol=1e-5)

@@ -37,7 +37,7 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_posterior_itself(dtype: torch.dtype) -> None:
-    result = importance(guide_of_width(1.0), model, X.to(dtype))
+    result = importance(model, guide_of_width(1.0), X.to(dtype))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=tolerance)
     assert result.log_evidence == pytest.approx(LOG_EVIDENCE, abs=tolerance)
@@ -50,7 +50,7 @@ def test_the_posterior_itself(dtype: torch.dtype) -> None:
 
 def test_too_narrow_is_caught() -> None:
     """w ∝ exp(z² (1 / s² - 1) / 2) under z ~ N(0, s²): Pareto of shape 1 - s² (s = 0.4: 0.84)."""
-    result = importance(guide_of_width(0.4), model, num_samples=4000)
+    result = importance(model, guide_of_width(0.4), num_samples=4000)
     assert result.k_hat == pytest.approx(1 - 0.4**2, abs=0.25)
     assert not result.reliable
     assert result.efficiency < 0.3
@@ -59,7 +59,7 @@ def test_too_narrow_is_caught() -> None:
 
 def test_too_wide_costs_draws_only() -> None:
     """Weights are bounded by s, and ESS / N = √(2 s² - 1) / s² (s = 3: 0.458)."""
-    result = importance(guide_of_width(3.0), model, num_samples=4000)
+    result = importance(model, guide_of_width(3.0), num_samples=4000)
     assert result.k_hat < 0.3
     assert result.reliable
     assert result.efficiency == pytest.approx(17**0.5 / 9, rel=0.1)
@@ -68,7 +68,7 @@ def test_too_wide_costs_draws_only() -> None:
 
 
 def test_standard_errors_are_those_of_repeated_runs() -> None:
-    runs = [importance(guide_of_width(1.5), model, num_samples=500) for _ in range(100)]
+    runs = [importance(model, guide_of_width(1.5), num_samples=500) for _ in range(100)]
     for name in ("elbo", "log_evidence"):
         spread = torch.tensor([getattr(run, name) for run in runs]).std().item()
         claimed = sum(getattr(run, f"{name}_se") for run in runs) / len(runs)
@@ -76,7 +76,7 @@ def test_standard_errors_are_those_of_repeated_runs() -> None:
 
 
 def test_resampling_moves_draws_to_the_posterior() -> None:
-    result = importance(guide_of_width(3.0), model, num_samples=20_000)
+    result = importance(model, guide_of_width(3.0), num_samples=20_000)
     draws = result.resample()["z"]
     assert draws.shape == (20_000,)
     assert result.samples["z"].std().item() == pytest.approx(3 * SCALE, rel=0.05)
@@ -85,7 +85,7 @@ def test_resampling_moves_draws_to_the_posterior() -> None:
 
 
 def test_resampling_without_replacement() -> None:
-    result = importance(guide_of_width(2.0), model, num_samples=300)
+    result = importance(model, guide_of_width(2.0), num_samples=300)
     assert len(result.resample(50, replace=False)["z"].unique()) == 50
     with pytest.raises(ValueError, match="at most 300"):
         result.resample(301, replace=False)
@@ -102,7 +102,7 @@ def test_sites_are_resampled_jointly() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.5))
         pyro.sample("b", dist.Normal(torch.stack([a, 2 * a], -1), 1e-4).to_event(1))
 
-    draws = importance(pair_guide, pair_model, num_samples=100).resample(40)
+    draws = importance(pair_model, pair_guide, num_samples=100).resample(40)
     assert draws["b"].shape == (40, 2)
     expected = torch.stack([draws["a"], 2 * draws["a"]], -1)
     torch.testing.assert_close(draws["b"], expected, rtol=0, atol=1e-3)
@@ -111,7 +111,7 @@ def test_sites_are_resampled_jointly() -> None:
 def test_autoguide_and_model_kwargs() -> None:
     guide = AutoNormal(model)
     guide(x=X.float())
-    result = importance(guide, model, model_kwargs={"x": X.float()}, num_samples=100)
+    result = importance(model, guide, x=X.float(), num_samples=100)
     assert isinstance(result, ImportanceResult)
     assert result.samples["z"].shape == (100,)
     assert result.elbo < LOG_EVIDENCE
@@ -129,10 +129,10 @@ def test_a_guide_beyond_the_support() -> None:
 
     with pyro.validation_enabled(False):
         # Outside of the support the model has no density: these draws have weight zero.
-        result = importance(guide, positive_model, num_samples=2000)
+        result = importance(positive_model, guide, num_samples=2000)
         assert result.elbo == -math.inf
         assert (result.resample()["z"] > 0).all()
-        hopeless_result = importance(hopeless, positive_model, num_samples=200)
+        hopeless_result = importance(positive_model, hopeless, num_samples=200)
         assert not hopeless_result.reliable
         assert "misses the support" in hopeless_result.verdict
         with pytest.raises(ValueError, match="finite"):
@@ -142,11 +142,11 @@ def test_a_guide_beyond_the_support() -> None:
 @pytest.mark.parametrize("num_samples", [1, 0, 2.5], ids=str)
 def test_refuses_too_few_draws(num_samples: float) -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        importance(guide_of_width(1.0), model, num_samples=num_samples)  # type: ignore[arg-type]
+        importance(model, guide_of_width(1.0), num_samples=num_samples)  # type: ignore[arg-type]
 
 
 def test_too_few_to_tell() -> None:
-    result = importance(guide_of_width(1.5), model, num_samples=20)
+    result = importance(model, guide_of_width(1.5), num_samples=20)
     assert result.k_hat == math.inf
     assert not result.reliable
     assert "more draws" in str(result)

@@ -149,7 +149,7 @@ def test_log_prob_integrates_to_one_for_every_datum(flow):
 def test_draws_for_new_data_of_any_number():
     x = simulate(20)
     guide = AutoAmortizedFlow(several, make_encoder(), flow="sylvester", init_scale=0.3)
-    fit(several, guide, x, model_kwargs={"size": 4}, num_steps=5, num_particles=2, progress=False)
+    fit(several, guide, x, size=4, num_steps=5, num_particles=2, progress=False)
     for new in (simulate(1), simulate(33)):
         samples = guide.sample_posterior(7, new)
         assert {k: tuple(v.shape) for k, v in samples.items()} == {

@@ -192,7 +192,7 @@ def test_in_a_list_with_a_global_guide():
     guide.append(AutoNormal(poutine.block(hierarchy, expose=["mu"])))
     guide.append(local)
     options = {"num_steps": 20, "num_particles": 2, "progress": False}
-    assert fit(hierarchy, guide, x, model_kwargs={"size": 5}, **options).skipped_steps == 0
+    assert fit(hierarchy, guide, x, size=5, **options).skipped_steps == 0
     for kwargs, scale in (({}, 1), ({"size": 5}, 4)):
         trace = poutine.trace(guide).get_trace(x, **kwargs)
         for name in ("z", "_AutoGuideList.1_latent", "_AutoGuideList.1_r"):

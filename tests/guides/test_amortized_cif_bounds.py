@@ -47,7 +47,7 @@ def trained():
     guide = AutoAmortizedFlow(linear, encoder(), **CIF, init_scale=0.5)
     options = {"lr": 0.03, "num_particles": 8, "progress": False, "seed": 0}
     for steps in (40, 120):
-        fit(linear, guide, x, model_kwargs={"size": 15}, num_steps=steps, **options)
+        fit(linear, guide, x, size=15, num_steps=steps, **options)
         guides.append(copy.deepcopy(guide))
     return x, guides
 

@@ -27,7 +27,7 @@ def test_training_finds_the_posterior_of_every_datum(flow):
     x = simulate(60)
     guide = AutoAmortizedFlow(linear, encoder(), flow=flow, num_layers=flow and 2)
     options = {"num_steps": 250, "lr": 0.05, "num_particles": 4, "progress": False, "seed": 0}
-    fit(linear, guide, x, model_kwargs={"size": 20}, **options)
+    fit(linear, guide, x, size=20, **options)
     for data, tolerance in ((x, 0.12), (simulate(30), 0.2)):  # the second never seen
         mean, sd, evidence = closed_form(data)
         samples = guide.sample_posterior(2000, data)
@@ -68,9 +68,7 @@ def joined(block, make_global, **options):
 def test_in_a_list_with_a_global_guide(block, make_global):
     guide = joined(block, make_global)
     x = 1.0 + torch.randn(20, 2)
-    result = fit(
-        hierarchy, guide, x, model_kwargs={"size": 5}, num_steps=20, num_particles=2, progress=False
-    )
+    result = fit(hierarchy, guide, x, size=5, num_steps=20, num_particles=2, progress=False)
     assert result.skipped_steps == 0
     trace = poutine.trace(guide).get_trace(x, size=5)
     assert trace.nodes["z"]["scale"] == 4
@@ -203,7 +201,7 @@ def test_copies_and_files_leave_the_original_usable():
     for other in (deep, loaded):
         torch.testing.assert_close(other.log_prob(samples, x), log_q)
     with pyro.get_param_store().scope():
-        fit(linear, deep, x, model_kwargs={"size": 3}, num_steps=2, progress=False)
+        fit(linear, deep, x, size=3, num_steps=2, progress=False)
     with pyro.get_param_store().scope():  # without its model, it takes the data that it is given
         assert loaded(x[:5])["z"].shape == (5, 2)
         draws = Predictive(linear, guide=loaded, num_samples=4, parallel=True)(x)

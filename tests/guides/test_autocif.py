@@ -53,7 +53,7 @@ def test_two_separate_modes():
         torch.tensor(4.0)
     )
     evidence = torch.trapezoid(log_joint.exp(), z).log().item()
-    result = importance(guide, two_modes, num_samples=4000)
+    result = importance(two_modes, guide, num_samples=4000)
     assert evidence - 0.3 < result.elbo < evidence + 3 * result.elbo_se  # one mode: log 2 less
     assert 0.2 < (result.samples["z"] > 0).float().mean() < 0.8
 
@@ -72,7 +72,7 @@ def test_fit_whitens_and_bounds_the_evidence():
     torch.testing.assert_close(
         guide.whitening.scale_tril @ guide.whitening.scale_tril.mT, cov, rtol=0.3, atol=0.0
     )
-    weighed = importance(guide, scaled, num_samples=500)
+    weighed = importance(scaled, guide, num_samples=500)
     assert weighed.log_evidence == pytest.approx(0, abs=0.05)
 
 

@@ -135,7 +135,7 @@ def test_linear_layers_make_a_normal_distribution():
 
 def test_every_weight_is_one_where_guide_and_reverse_model_are_exact():
     guide, target, _ = linear_guide()
-    weights = importance(guide, target, num_samples=100).log_weights
+    weights = importance(target, guide, num_samples=100).log_weights
     torch.testing.assert_close(weights, torch.zeros_like(weights))
     for loss in (
         Trace_ELBO(7, vectorize_particles=True),

@@ -130,7 +130,7 @@ def test_a_bent_posterior_is_followed_further_than_by_independent_normals():
             progress=False,
             seed=0,
         )
-        results.append(importance(guide, banana, num_samples=4000))
+        results.append(importance(banana, guide, num_samples=4000))
     ours, theirs = results
     assert ours.elbo > theirs.elbo + 3 * math.hypot(ours.elbo_se, theirs.elbo_se)
     assert ours.ess > 2 * theirs.ess

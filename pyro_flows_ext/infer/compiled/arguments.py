@@ -12,7 +12,7 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from ...programs import Program
-from ..annealing import AnnealedELBO
+from ..elbo import AnnealedELBO
 from .refusal import Refusal, check_plain
 
 _PLAIN = (int, bool, str, type(None))

@@ -13,8 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ..annealing import AnnealedELBO
-from ..importance import ImportanceWeightedELBO
+from ..elbo import AnnealedELBO, ImportanceWeightedELBO
 from .arguments import Call
 from .refusal import Refusal
 

@@ -11,7 +11,7 @@ import pyro
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..annealing import AnnealedELBO
+from ..elbo import AnnealedELBO
 from .arguments import Call, aliases, state_of, storages
 from .guards import StateGuard
 from .losses import check_loss

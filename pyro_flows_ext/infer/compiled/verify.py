@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..annealing import AnnealedELBO
+from ..elbo import AnnealedELBO
 from .arguments import Call, unaliased, with_tensors
 from .refusal import Refusal
 from .tracing import LossGraph, unchanged

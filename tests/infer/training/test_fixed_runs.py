@@ -1,4 +1,4 @@
-"""`fit`: numbers against closed forms, reproducibility, and what happens when steps go wrong."""
+"""`fit` with a fixed number of steps: closed forms, reproducibility, steps that go wrong."""
 
 import math
 
@@ -102,14 +102,15 @@ def test_a_second_call_goes_on_where_the_first_stopped():
 
 
 def test_a_model_that_does_not_vectorise_falls_back_and_says_why():
-    def sums_over_particles(y=Y):
+    def reads_a_value(y=Y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.factor("likelihood", dist.Normal(mu.reshape(-1).sum(), 1.0).log_prob(y).sum())
+        scale = 1.0 if mu.item() < 1e6 else 2.0
+        pyro.factor("likelihood", dist.Normal(mu, scale).log_prob(y).sum())
 
-    guide = AutoPlanar(sums_over_particles, 2)
-    with pytest.warns(UserWarning, match="particles run one by one: .*log joint of a particle"):
+    guide = AutoPlanar(reads_a_value, 2)
+    with pytest.warns(UserWarning, match="particles run one by one: handlers: RuntimeError"):
         result = fit(
-            sums_over_particles,
+            reads_a_value,
             guide,
             Y,
             num_steps=100,
@@ -129,9 +130,7 @@ def test_model_kwargs_reach_model_and_guide():
             pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
 
     guide = AutoPlanar(regression)
-    result = fit(
-        regression, guide, Y, model_kwargs={"y": Y}, num_steps=5, progress=False, warm_start=False
-    )
+    result = fit(regression, guide, Y, y=Y, num_steps=5, progress=False, warm_start=False)
     assert result.losses.isfinite().all()
 
 

@@ -19,8 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..programs import Program
-from .importance import ImportanceWeightedELBO
+from ...programs import Program
+from .importance_weighted import ImportanceWeightedELBO
 from .weights import TEMPERATURE
 
 Schedule = Callable[[int], float]

@@ -16,8 +16,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..distributions import check_guide_site
-from ..programs import PARTICLES, is_delta
+from ...distributions import check_guide_site
+from ...programs import PARTICLES, is_delta
 
 Plate = tuple[str, int | None]  # name and dimension; None for a plate that is a loop
 Scale = float | Tensor

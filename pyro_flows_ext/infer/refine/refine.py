@@ -1,0 +1,255 @@
+"""`refine`: the draws of a guide moved to the posterior by many short chains, and the verdict on the guide."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ...programs import Latent, LogJoint, Program, evaluation_mode
+from .._loop import seeded
+from .adaptation import Tuning, tuned_step_size
+from .chains import ChainResult, run_chains
+from .coordinates import Start, start_at
+from .drift import Drift, drift_from, drift_within
+from .energy import PulledBack
+from .result import MAX_R_HAT, MIN_ESS, RefineResult, statistics
+
+# Chains where a gradient of all of them takes less than the first number of seconds, and so on.
+CHAINS_BY_SECONDS = ((0.2, 128), (0.5, 64), (math.inf, 32))
+# Draws of each chain at the first look; the number doubles from look to look.
+FIRST_LOOK, MAX_LOOKS = 16, 5
+# Draws of each chain that are left where the first half is discarded.
+MIN_LEFT = 4
+# Draws of the guide that the chains' starts stand for: their mean is known to .011 sd.
+POPULATION = 8192
+# Effective draws at which chains stop: means to .03 sd over the worst of 20 latents.
+TARGET_ESS = 1500.0
+TARGET_ACCEPTANCE = 0.8
+
+
+def refine(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_chains: int | None = None,
+    max_gradients: int = 500,
+    max_seconds: float | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> RefineResult:
+    """Moves draws of a trained guide to the posterior: many short chains of HMC in the guide's coordinates.
+
+    Chains start from the guide's draws and run in the noise from which the guide makes them, where the posterior is
+    nearly standard normal. They stop when they agree (R-hat), have settled and give 1500 effective draws of every latent, or at
+    the budget. Parameters of model and guide are held fixed.
+
+    Args:
+        model, guide: the guide trained on the model; any `AutoContinuous`, or any other guide, in whose
+            mean and covariance the chains then run.
+        args, kwargs: the model's arguments.
+        num_chains: 128 by default, 64 or 32 where a gradient takes more than .2 or .5 s.
+        max_gradients: budget of gradients, each of all chains at once.
+        max_seconds: budget of wall-clock seconds; the result then depends on the machine.
+        seed: makes the run reproducible, and leaves the global generators as they were.
+
+    Returns:
+        RefineResult: draws by chain, R-hat, ESS, and the drift from the guide's draws.
+
+    Raises:
+        ValueError: for a guide that is not set up or whose draws are points, under a subsampled plate, and where no draw of
+            the guide has a density.
+
+    References:
+        Hoffman et al. 2019, NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using neural transport; Hoffman,
+        Radul & Sountsov 2021, An adaptive-MCMC scheme for setting trajectory lengths in HMC; Margossian et al. 2024,
+        Nested R-hat: assessing the convergence of MCMC when running many short chains.
+    """
+    with seeded(seed), evaluation_mode(model), evaluation_mode(guide):
+        target, start = start_at(model, guide, args, kwargs)
+        return refine_density(
+            target,
+            start,
+            num_chains=num_chains,
+            max_gradients=max_gradients,
+            max_seconds=max_seconds,
+        )
+
+
+def verify(
+    target: LogJoint,
+    start: Start,
+    *,
+    num_chains: int | None = None,
+    max_gradients: int = 150,
+    max_seconds: float | None = None,
+) -> RefineResult:
+    """Chains that run until it is clear whether they drift from the guide: `result.drift`.
+
+    See `refine_density`. Without drift they stop where a shift of .15 sd of a mean, or of 15 % of an sd, would have been found.
+    """
+    run = _Run(target, start, num_chains, max_gradients, max_seconds)
+    return run.until(lambda: run.drift.detected or (run.drift.conclusive and run.is_settled))
+
+
+def refine_density(
+    target: LogJoint,
+    start: Start,
+    *,
+    num_chains: int | None = None,
+    max_gradients: int = 500,
+    max_seconds: float | None = None,
+    target_ess: float = TARGET_ESS,
+    previous: RefineResult | None = None,
+) -> RefineResult:
+    """Chains that run until they mix: see `refine`.
+
+    Args:
+        target: a model's log joint, or another density with `latents` and `constrain`.
+        start: coordinates and starts: see `start_at`.
+        num_chains, max_gradients, max_seconds: see `refine`.
+        target_ess: effective draws of every latent at which to stop.
+        previous: the result of `verify` at the same start, whose chains then go on.
+    """
+    run = _Run(target, start, num_chains, max_gradients, max_seconds, previous)
+    return run.until(lambda: run.is_mixed and run.min_ess >= target_ess)
+
+
+class _Run:
+    """Chains between two looks at them."""
+
+    def __init__(
+        self,
+        target: LogJoint,
+        start: Start,
+        num_chains: int | None,
+        max_gradients: int,
+        max_seconds: float | None,
+        previous: RefineResult | None = None,
+    ):
+        self.began = time.perf_counter()
+        self.target, self.start = target, start
+        self.max_gradients, self.max_seconds = max_gradients, max_seconds
+        self.names = latent_names(target.latents)
+        self.population = start.draw_latents(POPULATION)
+        if previous is not None:
+            self.chains, self.num_gradients = previous.chains, previous.num_gradients
+            self.began -= previous.seconds
+        else:
+            self.num_gradients = 0
+            z0 = start.draw(num_chains or self._affordable_chains())
+            self.chains = self._advance(z0, FIRST_LOOK, None)
+
+    def until(self, done: Callable[[], bool]) -> RefineResult:
+        for _ in range(MAX_LOOKS):
+            self._look()
+            if done() or self._is_spent():
+                break
+            num = max(self.chains.u.shape[1], FIRST_LOOK)
+            if self.settling.detected:
+                self.chains = self.chains.after(self.chains.u.shape[1] // 2)
+            # Chains that are slow to mix may have been tuned too far from where they are now.
+            tuning = self._tuning() if self.max_r_hat <= MAX_R_HAT else None
+            more = self._advance(self.chains.z[:, -1], num, tuning)
+            self.chains = self.chains.followed_by(more)
+        else:
+            self._look()
+        samples = _constrained(self.target, self.chains.u)
+        r_hats, ess = statistics(samples)
+        return RefineResult(
+            samples=samples,
+            drift=self.drift,
+            settling=self.settling,
+            chains=self.chains,
+            num_gradients=self.num_gradients,
+            seconds=time.perf_counter() - self.began,
+            r_hat=r_hats,
+            ess=ess,
+        )
+
+    def _look(self) -> None:
+        while self.chains.is_transient and self.chains.u.shape[1] >= 2 * MIN_LEFT:
+            self.chains = self.chains.after(self.chains.u.shape[1] // 2)
+        u = self.chains.u
+        self.drift: Drift = drift_from(
+            self.chains.start, u, self.population, names=self.names, num_looks=MAX_LOOKS
+        )
+        self.settling: Drift = drift_within(u, names=self.names, num_looks=MAX_LOOKS)
+        r_hats, ess = statistics({"u": u})
+        self.max_r_hat, self.min_ess = float(r_hats["u"].max()), float(ess["u"].min())
+
+    @property
+    def is_settled(self) -> bool:
+        return not self.settling.detected
+
+    @property
+    def is_mixed(self) -> bool:
+        agree = self.max_r_hat <= MAX_R_HAT and self.min_ess >= MIN_ESS
+        return agree and self.is_settled and not self.chains.num_stuck
+
+    def _is_spent(self) -> bool:
+        left = self.max_gradients - self.num_gradients
+        return left < self.chains.tuning.num_leapfrog + 1 or self._seconds_left() <= 0
+
+    def _seconds_left(self) -> float:
+        if self.max_seconds is None:
+            return math.inf
+        return self.max_seconds - (time.perf_counter() - self.began)
+
+    def _advance(self, z: Tensor, num: int, tuning: Tuning | None) -> ChainResult:
+        seconds = self._seconds_left()
+        chains = run_chains(
+            self.target,
+            self.start.transform,
+            z,
+            num_transitions=num,
+            tuning=tuning,
+            target_acceptance=TARGET_ACCEPTANCE,
+            max_gradients=self.max_gradients - self.num_gradients,
+            max_seconds=None if math.isinf(seconds) else max(seconds, 1e-3),
+        )
+        self.num_gradients += chains.num_gradients
+        return chains
+
+    def _tuning(self) -> Tuning:
+        """The settings so far, the step size corrected by the acceptance rate."""
+        chains = self.chains
+        rate = float(chains.acceptance.mean())
+        step_size = tuned_step_size(chains.tuning.step_size, rate, TARGET_ACCEPTANCE)
+        return replace(chains.tuning, step_size=step_size)
+
+    def _affordable_chains(self) -> int:
+        """The number of chains by the measured seconds of a gradient."""
+        density = PulledBack(self.target, self.start.transform)
+        most, seconds = CHAINS_BY_SECONDS[0][1], 0.0
+        # At a quarter of the chains first: where this is cheap, so are all of them.
+        for num in (most // 4, most // 4, most):
+            z = self.start.draw(num)
+            began = time.perf_counter()
+            density(z)
+            seconds = (time.perf_counter() - began) * (4 if num < most else 1)
+            if num < most and density.num_gradients == 2 and seconds < CHAINS_BY_SECONDS[0][0]:
+                break
+        self.num_gradients += density.num_gradients
+        return next(num for limit, num in CHAINS_BY_SECONDS if seconds <= limit)
+
+
+def latent_names(latents: Sequence[Latent]) -> tuple[str, ...]:
+    """A name for each unconstrained number, `site[index]`, indices from zero."""
+    names: list[str] = []
+    for latent in latents:
+        shape = latent.unconstrained_shape
+        indices = [",".join(map(str, i)) for i in np.ndindex(*shape)]
+        names += [f"{latent.name}[{i}]" if i else latent.name for i in indices]
+    return tuple(names)
+
+
+def _constrained(target: LogJoint, u: Tensor) -> dict[str, Tensor]:
+    """The latents of u `(C, S, D)` by site, `(C, S, *shape)`."""
+    values = target.constrain(u.flatten(0, 1))
+    return {name: v.reshape(*u.shape[:2], *v.shape[1:]) for name, v in values.items()}

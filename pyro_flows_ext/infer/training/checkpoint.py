@@ -1,0 +1,78 @@
+"""Checkpoints of a run: written atomically, read without running code."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# The version of the format; files of a newer one are refused.
+FORMAT = 1
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Writes tensors and plain values to a file that is either the old one or the new one, whatever happens."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=f".{target.name}-", delete=False
+    ) as file:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, target)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state in a file of `save`. Raises `ValueError` for a newer format or a file of another kind."""
+    try:
+        state = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}: expected a checkpoint of fit, got a file that does not load: {error}"
+        ) from error
+    version = state.get("format") if isinstance(state, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got {version}")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the generators that Pyro seeds, as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restores `random_state()`."""
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,312 @@
+"""`fit`: train a guide until its draws can be trusted, and say whether they can."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuide
+from pyro.optim import PyroOptim
+
+from ...guides import AutoAmortizedFlow, AutoFlow
+from ...programs import (
+    ERRORS,
+    LogJoint,
+    Program,
+    check_latents,
+    check_shapes,
+    latent_sites,
+    nesting_of,
+    traces_of,
+    unconstrain,
+    vectorization_error,
+)
+from .._loop import OptimFactory, check_settings, seeded
+from ..elbo import ImportanceWeightedELBO
+from ..importance import model_first
+from ..warm_start import DenseGaussian, WarmStart, find_gaussian
+from .objectives import ELBOObjective, Objective, PathObjective
+from .posterior import FlowPosterior, GuidePosterior, Posterior
+from .result import FitResult
+from .rounds import Callback
+from .run import Options, Run
+
+# Particles of a step: in one pass, one by one, and where one pass of all takes longer than the seconds below.
+PARTICLES, PARTICLES_IN_A_LOOP, PARTICLES_OF_DEAR_MODELS = 64, 8, 16
+DEAR_SECONDS = 0.2
+# Points around the start and draws of the prior from which modes are searched.
+NUM_PRIOR, NUM_AROUND, SPREAD = 4, 3, 2.0
+# Above this many numbers no chain runs: such guides are amortized ones in all but name.
+MAX_CHAIN_DIM = 3000
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    max_steps: int = 5000,
+    target_ess: float = 0.5,
+    num_steps: int | None = None,
+    lr: float = 0.02,
+    num_particles: int | None = None,
+    loss: ELBO | None = None,
+    optim: OptimFactory | PyroOptim | None = None,
+    schedule: str = "cosine",
+    final_lr: float = 0.01,
+    clip_norm: float | None = 10.0,
+    warm_start: bool | str = "auto",
+    refine: bool | str = "auto",
+    compile: bool | str = "auto",
+    callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> FitResult:
+    """Trains a guide until draws of the posterior can be trusted.
+
+    A flow guide over all latents starts at a Gaussian found in about a second, and trains by path gradients in rounds of
+    growing length. After each round 2000 draws are weighed. The run ends as "trusted" where the effective sample size is
+    `target_ess` of the draws and k-hat below .7, twice on fresh draws, and many chains of HMC that start from the guide's draws
+    do not drift; or where such chains mix, and then they are what `result.sample` returns. It ends as "level" where rounds
+    gain nothing, and as "out of steps". The best parameters seen are kept. Other guides train on a Pyro ELBO.
+
+    Args:
+        model, guide: Pyro programs of the same arguments.
+        args, kwargs: the arguments of model and guide. Bind keywords that `fit` has too by `functools.partial`.
+        max_steps: the most optimizer steps.
+        target_ess: effective share of the guide's draws at which its weights are trusted, in (0, 1).
+        num_steps: a fixed number of steps in place of all this, not verified unless `refine=True`.
+        lr: Adam's learning rate at the start.
+        num_particles: draws a step; None for 64, or 8 where they run one by one.
+        loss: a Pyro ELBO. If given, `num_particles` is ignored.
+        optim: makes a torch optimizer from parameters, or a `PyroOptim`, which keeps its own rates.
+        schedule, final_lr: for `num_steps`, "cosine", "exponential" or "constant", and the last share of the rate.
+        clip_norm: the largest joint norm of gradients, or None.
+        warm_start: True, False, or "auto" for a flow guide whose parameters are as its setup left them.
+        refine: False keeps chains from replacing the guide's draws.
+        compile: for `num_steps`, whether steps run compiled: True, False, or "auto" where eager steps would take over a
+            minute. See docs/compiled.md.
+        callback: called with a `TrainingState` after each round and every 50 steps; may set `state.stop`.
+        checkpoint, resume: a file written at round ends and every few seconds; with `resume=True` an existing one is
+            gone on from, with the losses of a run that was not stopped.
+        seed: makes the run reproducible, and leaves the global generators as they were.
+        progress: whether to show a bar, or lines where there is no terminal, on standard error.
+
+    Returns:
+        FitResult: verdict, draws, importance weights, losses.
+
+    Raises:
+        ValueError: for arguments out of range, for model and guide that do not match, and for shapes that Pyro refuses.
+        FloatingPointError: after 100 steps in a row without a finite gradient.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> result = fit(model, AutoIAF(model), torch.randn(20), seed=0, progress=False)
+        >>> result.trusted
+        True
+
+    References:
+        Roeder, Wu & Duvenaud 2017, Sticking the Landing; Hoffman et al. 2019, NeuTra-lizing bad geometry in Hamiltonian
+        Monte Carlo using neural transport; Vehtari et al. 2024, Pareto smoothed importance sampling.
+    """
+    model, guide = model_first(model, guide)
+    _check_options(locals())
+    options = Options(
+        max_steps=max_steps if num_steps is None else num_steps,
+        is_fixed=num_steps is not None,
+        target_ess=target_ess,
+        lr=lr,
+        schedule=schedule,
+        final_lr=final_lr,
+        clip_norm=clip_norm,
+        optim=optim,
+        refine=refine,
+        # Compiled steps differ from eager ones by rounding, and a resumed run would switch at another step.
+        compile=False if checkpoint is not None and compile == "auto" else compile,
+        callback=callback,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    with seeded(seed):
+        begin = time.perf_counter()
+        is_new = _set_up(guide, args, kwargs)
+        single = traces_of(model, guide, args, kwargs)
+        check_latents(*single)
+        check_shapes(*single)
+        flow = guide if isinstance(guide, AutoFlow) and guide.exact_log_prob else None
+        log_joint = None
+        if flow is not None and loss is None:
+            log_joint = LogJoint(model, args, kwargs, latents=flow.latents)
+        run = Run(model, guide, args, kwargs, options)
+        is_resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
+        if not is_resumed and isinstance(guide, AutoFlow):
+            wanted = is_new or guide.is_untrained if warm_start == "auto" else bool(warm_start)
+            if wanted:
+                run.announce("warm start")
+                run.warm_start = _warm_start(model, guide, args, kwargs, log_joint)
+        run.prepare(
+            _objective(model, guide, args, kwargs, log_joint, loss, num_particles, options),
+            _posterior(model, guide, args, kwargs, log_joint, single),
+        )
+        if is_resumed:
+            run.resume()
+        return run.finish(*run.train(), begin)
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    for name in ("num_steps", "num_particles"):
+        if given[name] is not None:
+            check_settings(given["lr"], given["schedule"], **{name: given[name]})
+    check_settings(given["lr"], given["schedule"], max_steps=given["max_steps"])
+    for name in ("warm_start", "refine", "compile"):
+        if given[name] not in (True, False, "auto"):
+            raise ValueError(f'{name}: expected True, False or "auto", got {given[name]!r}')
+    if not 0 < given["target_ess"] < 1:
+        raise ValueError(f"target_ess: expected a number in (0, 1), got {given['target_ess']!r}")
+    if given["resume"] and given["checkpoint"] is None:
+        raise ValueError("resume: expected checkpoint=, the file to go on from")
+    if given["checkpoint"] is not None and isinstance(given["optim"], PyroOptim):
+        raise ValueError("optim: expected a torch optimizer for a checkpoint, got a PyroOptim")
+
+
+def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Creates the guide's parameters now, inside the seed, and without a graph; returns whether it had none before."""
+    if not isinstance(guide, AutoGuide) or guide.prototype_trace is not None:
+        return False
+    with torch.no_grad(), poutine.block():
+        guide(*args, **kwargs)
+    return True
+
+
+def _warm_start(
+    model: Program,
+    guide: AutoFlow,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log_joint: LogJoint | None,
+) -> WarmStart:
+    if log_joint is None:
+        log_joint = LogJoint(model, args, kwargs, latents=guide.latents)
+    whitening = guide.whitening
+    start = DenseGaussian(whitening.loc.clone(), whitening.scale_tril.clone())
+    found = find_gaussian(log_joint, start, overdispersed=_overdispersed(log_joint, start.loc))
+    guide.whiten(found.gaussian.loc, found.gaussian.scale_tril)
+    return found
+
+
+def _overdispersed(log_joint: LogJoint, loc: torch.Tensor) -> torch.Tensor | None:
+    """Points from which modes are searched: around the start, as wide as Stan's, and where the prior draws."""
+    around = loc + SPREAD * (2 * torch.rand(NUM_AROUND, len(loc)).to(loc) - 1)
+    try:
+        drawn = log_joint.draw_prior(NUM_PRIOR)
+    except ERRORS:  # improper priors cannot be drawn from, and a model may reject its own draws
+        return around
+    return torch.cat([drawn.to(loc), around])
+
+
+def _objective(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log_joint: LogJoint | None,
+    loss: ELBO | None,
+    num_particles: int | None,
+    options: Options,
+) -> Objective:
+    """The path gradient for flow guides on a log joint; otherwise the ELBO given, or one of Pyro's."""
+    if loss is not None:
+        return ELBOObjective(loss, model, guide, args, kwargs)
+    if log_joint is not None and isinstance(guide, AutoFlow):
+        if log_joint.vectorized:
+            if options.is_fixed and options.compile is True and log_joint.method == "handlers":
+                nesting, num = log_joint.nesting, num_particles or PARTICLES
+                stl = ImportanceWeightedELBO(1, "stl", num_bounds=num, max_plate_nesting=nesting)
+                return ELBOObjective(stl, model, guide, args, kwargs)
+            return PathObjective(log_joint, guide, num_particles or _affordable(log_joint))
+        if num_particles != 1:
+            num_particles = num_particles or PARTICLES_IN_A_LOOP
+            warnings.warn(
+                f"{num_particles} particles run one by one: {log_joint.vectorization_error}",
+                stacklevel=3,
+            )
+        return PathObjective(log_joint, guide, num_particles)
+    elbo = _elbo(model, guide, args, kwargs, num_particles)
+    return ELBOObjective(elbo, model, guide, args, kwargs)
+
+
+def _affordable(log_joint: LogJoint) -> int:
+    """The default number of particles, fewer where a gradient is dear."""
+    u = torch.stack([_unconstrained_start(log_joint)] * PARTICLES_OF_DEAR_MODELS)
+    log_joint.value_and_gradient(u[:1])
+    begin = time.perf_counter()
+    log_joint.value_and_gradient(u)
+    seconds = (time.perf_counter() - begin) * PARTICLES / PARTICLES_OF_DEAR_MODELS
+    return (
+        PARTICLES
+        if seconds <= DEAR_SECONDS * PARTICLES / PARTICLES_OF_DEAR_MODELS
+        else PARTICLES_OF_DEAR_MODELS
+    )
+
+
+def _unconstrained_start(log_joint: LogJoint) -> torch.Tensor:
+    return unconstrain({x.name: x.inside for x in log_joint.latents}, log_joint.latents)[0]
+
+
+def _elbo(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int | None,
+) -> ELBO:
+    """A Pyro ELBO, with all particles at once where model and guide allow it; enumerated latents are summed out."""
+    model_trace, guide_trace = traces_of(model, guide, args, kwargs)
+    enumerated = any(name not in guide_trace.nodes for name, _ in latent_sites(model_trace))
+    reason = None
+    if num_particles != 1 and not enumerated:
+        reason = vectorization_error(model, guide, args, kwargs)
+    if num_particles is None:
+        num_particles = 1 if enumerated else PARTICLES if reason is None else PARTICLES_IN_A_LOOP
+    if reason is not None:
+        warnings.warn(f"{num_particles} particles run one by one: {reason}", stacklevel=4)
+    kind = TraceEnum_ELBO if enumerated else Trace_ELBO
+    return kind(
+        num_particles=num_particles,
+        max_plate_nesting=nesting_of(model_trace, guide_trace),
+        vectorize_particles=reason is None and not enumerated,
+    )
+
+
+def _posterior(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log_joint: LogJoint | None,
+    single: tuple[Any, Any],
+) -> Posterior | None:
+    """The guide's draws as a posterior; None for mini-batches, amortized guides and very many latents."""
+    if log_joint is not None and isinstance(guide, AutoFlow):
+        return None if log_joint.is_stochastic else FlowPosterior(log_joint, guide)
+    modules = guide.modules() if isinstance(guide, torch.nn.Module) else []
+    if any(isinstance(module, AutoAmortizedFlow) for module in modules):
+        return None
+    sites = [site for _, site in latent_sites(single[1])]
+    numbers = sum(site["value"].numel() for site in sites)
+    subsampled = any(
+        f.full_size not in (None, f.size) for s in sites for f in s["cond_indep_stack"]
+    )
+    if numbers > MAX_CHAIN_DIM or subsampled:
+        return None
+    return GuidePosterior(model, guide, args, kwargs)

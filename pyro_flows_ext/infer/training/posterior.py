@@ -1,0 +1,78 @@
+"""The posterior as a guide gives it: weighted draws, and the coordinates in which chains start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...guides import AutoFlow
+from ...programs import LogJoint, Program, draw_particles
+from ..importance import ImportanceResult, weigh
+from ..refine import Start, start_at
+
+# Particles at a time.
+CHUNK = 500
+
+
+class Posterior(Protocol):
+    """Draws of a guide with their weights, and a start for chains."""
+
+    def weigh(self, num: int) -> ImportanceResult:
+        """`num` fresh draws with their weights."""
+
+    def start(self) -> tuple[LogJoint, Start]:
+        """The log joint, and the coordinates and starts that the guide gives."""
+
+    def log_prob(self, u: Tensor) -> Tensor | None:
+        """log q of unconstrained latents `(K, D)`, or None where it is not known."""
+
+
+class FlowPosterior:
+    """Of a flow guide over all latents, with the log joint that it was trained on."""
+
+    def __init__(self, log_joint: LogJoint, guide: AutoFlow):
+        self.log_joint, self.guide = log_joint, guide
+
+    @torch.no_grad()
+    def weigh(self, num: int) -> ImportanceResult:
+        """`num` draws: one pass of the flow and one of the model, in chunks."""
+        base, transform = self.guide.get_base_dist(), self.guide.get_transform()
+        us, weights = [], []
+        for first in range(0, num, CHUNK):
+            z = base.sample(torch.Size([min(CHUNK, num - first)]))
+            u, ladj = transform.forward_and_ladj(z)
+            us.append(u)
+            weights.append(self.log_joint(u) - base.log_prob(z) + ladj)
+        return weigh(self.log_joint.constrain(torch.cat(us)), torch.cat(weights))
+
+    def start(self) -> tuple[LogJoint, Start]:
+        """The flow's own coordinates."""
+        base = self.guide.get_base_dist()
+        draw = lambda num: base.sample(torch.Size([num]))  # noqa: E731
+        return self.log_joint, Start(self.guide.get_transform(), draw, "flow")
+
+    @torch.no_grad()
+    def log_prob(self, u: Tensor) -> Tensor | None:
+        return self.guide.get_posterior().log_prob(u)  # type: ignore[no-any-return]
+
+
+class GuidePosterior:
+    """Of any guide with a density, weighed site by site."""
+
+    def __init__(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ):
+        self.call = (model, guide, args, kwargs)
+
+    def weigh(self, num: int) -> ImportanceResult:
+        particles = draw_particles(*self.call, num_samples=num)
+        return weigh(particles.samples, particles.log_weights)
+
+    def start(self) -> tuple[LogJoint, Start]:
+        return start_at(*self.call)
+
+    def log_prob(self, u: Tensor) -> Tensor | None:
+        return None

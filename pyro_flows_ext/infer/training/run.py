@@ -1,0 +1,337 @@
+"""One run of training: rounds, verdicts, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.optim import PyroOptim
+
+from ...programs import Program, nonfinite_ignored
+from .._loop import OptimFactory, decay, warn_of_skipped
+from ..compiled.training import Timing
+from ..warm_start import Mode, WarmStart
+from . import checkpoint as files
+from .objectives import Objective
+from .posterior import Posterior
+from .progress import Progress
+from .result import FitResult
+from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds, run_round
+from .trainer import Trainer
+from .verdict import Judge, advice
+
+# Draws weighed after a round.
+NUM_DRAWS = 2000
+# Steps of the first round: a flow in whitened coordinates gains most of what it will in a hundred.
+FIRST_ROUND = 100
+# Rounds in a row without a gain beyond chance that end a run.
+LEVEL_ROUNDS = 2
+# Windows of this share of a fixed run, in its middle and at its end, are compared for convergence. The last two would not
+# do: a rate that falls to nothing levels any loss.
+WINDOW, TOLERANCE = 0.1, 0.1
+# Seconds between two checkpoints within a round.
+SAVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of `fit` that a run reads."""
+
+    max_steps: int
+    is_fixed: bool
+    target_ess: float
+    lr: float
+    schedule: str
+    final_lr: float
+    clip_norm: float | None
+    optim: OptimFactory | PyroOptim | None
+    refine: bool | str
+    compile: bool | str
+    callback: Callback | None
+    checkpoint: str | os.PathLike[str] | None
+    progress: bool
+
+
+class Run:
+    """Trains a guide on an objective and judges its draws, as `Options` say."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+    ):
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.options = options
+        self.state = TrainingState()
+        self.progress = Progress(options.progress, options.max_steps)
+        self.warm_start: WarmStart | None = None
+        self.modes: list[Mode] = []
+        self.in_round, self.round_rest, self.level = 0, 0, 0
+        self.saved_at = time.perf_counter()
+
+    def announce(self, phase: str) -> None:
+        """Shows what is going on now."""
+        self.progress.phase(self.state, phase)
+
+    def prepare(self, objective: Objective, posterior: Posterior | None) -> None:
+        """Sets what is trained and what judges it."""
+        options = self.options
+        self.trainer = Trainer(objective, options.optim, options.lr, options.clip_norm)
+        self.best = BestState(self.guide, self.trainer)
+        self.judge: Judge | None = None
+        if self.warm_start is not None:
+            self.modes = list(self.warm_start.modes)
+        if posterior is not None:
+            self.judge = Judge(
+                posterior, options.target_ess, bool(options.refine), NUM_DRAWS, self.modes
+            )
+
+    # --- training ---
+
+    def train(self) -> tuple[str, bool]:
+        """Runs to the end: the reason for it, and whether the draws are trusted."""
+        try:
+            with _quietly(), _checks_first():
+                return self._train_fixed() if self.options.is_fixed else self._train_rounds()
+        except KeyboardInterrupt:
+            self.best.restore()
+            return "interrupted", False
+        finally:
+            self.progress.close(self.state)
+
+    def _train_fixed(self) -> tuple[str, bool]:
+        options, num_steps = self.options, self.options.max_steps
+        timing = Timing(num_steps, options.compile)
+        rate_at = decay(options.schedule, num_steps, options.final_lr)
+
+        def on_step() -> None:
+            if self.trainer.compiled is None and timing.is_due(self.state.step):
+                self.trainer.compile(timing)
+            self._on_step()
+
+        self.announce("training")
+        run_round(self.trainer, self.state, num_steps, rate_at, on_step, self.in_round)
+        if self.judge is None:
+            return "fixed", False
+        result = self._weigh()
+        if result is not None and options.refine is True:
+            self.announce("refining")
+            return "fixed", self.judge.is_trusted(result, last=True)
+        return "fixed", False
+
+    def _train_rounds(self) -> tuple[str, bool]:
+        """Rounds until the draws are trusted, rounds gain nothing, or steps run out."""
+        if self.state.step == 0 and self._judge_round(is_first=True):
+            return "trusted", True
+        for number, r in enumerate(rounds(FIRST_ROUND, self.options.max_steps)):
+            if number < self.state.round:
+                continue
+            self.announce("training")
+            run_round(
+                self.trainer, self.state, r.num_steps, r.rate_at, self._on_step, self.in_round
+            )
+            self.state.round, self.in_round = self.state.round + 1, 0
+            if self._judge_round():
+                return "trusted", True
+            self._call_back()
+            self._save()
+            if self.state.stop or self.level >= LEVEL_ROUNDS:
+                return ("interrupted" if self.state.stop else "level"), self._is_trusted_at_last()
+        return "out of steps", self._is_trusted_at_last()
+
+    def _judge_round(self, is_first: bool = False) -> bool:
+        """Weighs or averages, keeps the best state, and decides whether the draws can be trusted."""
+        if self.judge is None:
+            if is_first:
+                return False
+            window = torch.tensor(self.state.losses[-max(20, self._last_round() // 3) :])
+            mean, se = mean_and_se(window)
+            self._note(self.best.offer(-mean, se))
+            return False
+        result = self._weigh()
+        if result is None:
+            return False
+        finite = result.log_weights[result.log_weights > -math.inf]
+        score = finite.mean().item() if len(finite) > 1 else -math.inf
+        se = finite.std().item() / len(finite) ** 0.5 if len(finite) > 1 else math.inf
+        gained = self.best.offer(score, se)
+        if not is_first:
+            self._note(gained)
+            if not gained and score < self.best.score - 2 * se:
+                self.best.restore()
+                self.trainer.restart()
+        self.announce("refining")
+        return self.judge.is_trusted(result)
+
+    def _note(self, gained: bool) -> None:
+        self.level = 0 if gained else self.level + 1
+
+    def _last_round(self) -> int:
+        lengths = [r.num_steps for r in rounds(FIRST_ROUND, self.options.max_steps)]
+        return lengths[self.state.round - 1]
+
+    def _is_trusted_at_last(self) -> bool:
+        """The verdict on the best state, with the full budget for chains."""
+        self.best.restore()
+        if self.judge is None:
+            return False
+        result = self._weigh()
+        if result is None:
+            return False
+        self.announce("refining")
+        return self.judge.is_trusted(result, last=True)
+
+    def _weigh(self) -> Any:
+        """Weighted draws; None, with the reason in a warning, where the guide's draws have no weights."""
+        if self.judge is None:
+            return None
+        self.announce("weighing")
+        try:
+            self.state.importance = self.judge.weigh()
+        except ValueError as error:
+            warnings.warn(f"fit: the guide's draws are not weighed: {error}", stacklevel=5)
+            self.judge = None
+            return None
+        return self.state.importance
+
+    def _on_step(self) -> None:
+        self.in_round += 1
+        if self.state.step % CALLBACK_STEPS == 0:
+            self._call_back()
+        self.progress.update(self.state)
+        if time.perf_counter() - self.saved_at >= SAVE_SECONDS:
+            self._save()
+
+    def _call_back(self) -> None:
+        if self.options.callback is not None:
+            self.options.callback(self.state)
+
+    # --- checkpoints ---
+
+    def _save(self) -> None:
+        if self.options.checkpoint is None:
+            return
+        best = None
+        if self.best.saved is not None:
+            best = [self.best.score, self.best.se, *self.best.saved]
+        files.save(
+            self.options.checkpoint,
+            {
+                "step": self.state.step,
+                "round": self.state.round,
+                "in_round": self.in_round,
+                "level": self.level,
+                "losses": torch.tensor(self.state.losses, dtype=torch.float64),
+                "guide": self.guide.state_dict() if isinstance(self.guide, torch.nn.Module) else {},
+                "trainer": self.trainer.state(),
+                "best": best,
+                "budget": None if self.judge is None else self.judge.budget,
+                "modes": [[m.loc, m.log_joint, m.log_mass, m.num_climbs] for m in self.modes],
+                "random": files.random_state(),
+            },
+        )
+        self.saved_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Goes back to the checkpoint. Raises `ValueError` where it is not of this model and guide."""
+        saved = files.load(self.options.checkpoint)  # type: ignore[arg-type]
+        if isinstance(self.guide, torch.nn.Module):
+            self.guide.load_state_dict(saved["guide"])
+        self.trainer.load_state(saved["trainer"])
+        self.state.step, self.state.round = saved["step"], saved["round"]
+        self.in_round, self.level = saved["in_round"], saved["level"]
+        self.state.losses = saved["losses"].tolist()
+        if saved["best"] is not None:
+            self.best.score, self.best.se, *rest = saved["best"]
+            self.best.saved = (rest[0], rest[1])
+        self.modes = [Mode(*values) for values in saved["modes"]]
+        if self.judge is not None:
+            self.judge.modes, self.judge.budget = self.modes, saved["budget"]
+        files.set_random_state(saved["random"])
+
+    # --- the result ---
+
+    def finish(self, reason: str, trusted: bool, begin: float) -> FitResult:
+        """The result of the run."""
+        losses = torch.tensor(self.state.losses, dtype=torch.float64)
+        skipped = int(losses.isnan().sum())
+        warn_of_skipped(skipped, len(losses))
+        importance = None if self.judge is None else self.judge.importance
+        refined = None if self.judge is None else self.judge.refined
+        missed = [] if self.judge is None else self.judge.missed
+        window_elbo, window_se, level = _window(losses)
+        elbo, elbo_se = window_elbo, window_se
+        if importance is not None and not self.options.is_fixed:
+            elbo, elbo_se = importance.elbo, importance.elbo_se
+        return FitResult(
+            guide=self.guide,
+            trusted=trusted,
+            reason="trusted" if trusted else reason,
+            advice=() if trusted else advice(reason, importance, refined, missed),
+            importance=importance,
+            refined=refined,
+            elbo=elbo,
+            elbo_se=elbo_se,
+            losses=losses,
+            converged=trusted or reason == "level" or (self.options.is_fixed and level),
+            steps=len(losses),
+            skipped_steps=skipped,
+            seconds=time.perf_counter() - begin,
+            warm_start=self.warm_start,
+            compiled=self.trainer.compiled is not None,
+            _draw=self._draw if isinstance(self.guide, AutoGuide) else None,
+            _program=(self.model, self.args, self.kwargs),
+        )
+
+    def _draw(self, num: int) -> dict[str, torch.Tensor]:
+        if hasattr(self.guide, "sample_posterior"):
+            return self.guide.sample_posterior(num, *self.args, **self.kwargs)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            predictive = pyro.infer.Predictive(self.guide, num_samples=num)
+            draws = predictive(*self.args, **self.kwargs)
+        return {k: v for k, v in draws.items() if not k.startswith("_")}
+
+
+def mean_and_se(window: torch.Tensor) -> tuple[float, float]:
+    """The mean of what is finite, and its standard error."""
+    window = window[window.isfinite()]
+    if len(window) < 2:
+        return (window.mean().item() if len(window) else math.nan), math.inf
+    return window.mean().item(), (window.std() / len(window) ** 0.5).item()
+
+
+def _window(losses: torch.Tensor) -> tuple[float, float, bool]:
+    """Mean and standard error of the bound over the last tenth of steps, and whether it is level with the middle ones."""
+    if not len(losses):
+        return math.nan, math.inf, True
+    size, middle = max(1, int(WINDOW * len(losses))), len(losses) // 2
+    mean, se = mean_and_se(losses[-size:])
+    before, before_se = mean_and_se(losses[middle : middle + size])
+    # Comparisons with NaN are False: an estimate that is not there is not level.
+    return -mean, se, before - mean <= TOLERANCE + 2 * math.hypot(se, before_se)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pyro's warnings of losses that are not finite: such steps are skipped and counted."""
+    with nonfinite_ignored():
+        yield
+
+
+@contextmanager
+def _checks_first() -> Iterator[None]:
+    """Without Pyro's checks of every step, a third of its time: `fit` has made them on single traces."""
+    with pyro.validation_enabled(False):
+        yield

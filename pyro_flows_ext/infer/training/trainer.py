@@ -1,0 +1,156 @@
+"""Steps of an optimizer on an objective, eager or compiled, with everything that a checkpoint needs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from .._loop import OptimFactory
+from ..compiled.arguments import Call
+from ..compiled.refusal import Refusal
+from ..compiled.training import CompiledTraining, Timing
+from ..compiled.updates import Owner, owner_in
+from .objectives import ELBOObjective, Objective
+
+
+class Trainer:
+    """Updates the parameters of an objective; a step without a finite loss and gradient changes nothing.
+
+    Args:
+        objective: the loss with its gradients.
+        optim: makes a torch optimizer from parameters, or a `PyroOptim`, which keeps its own rates; None for Adam.
+        lr: Adam's rate.
+        clip_norm: the largest joint norm of the gradients; None for no clipping.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optim: OptimFactory | PyroOptim | None = None,
+        lr: float = 0.02,
+        clip_norm: float | None = 10.0,
+    ):
+        self.objective = objective
+        self.clip_norm = math.inf if clip_norm is None else clip_norm
+        self.pyro_optim = optim if isinstance(optim, PyroOptim) else None
+        self.factory: OptimFactory = _adam(lr) if optim is None or self.pyro_optim else optim  # type: ignore[assignment]
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.base_lrs: list[float] = []
+        self.params: list[Tensor] = []
+        self.compiled: CompiledTraining | None = None
+
+    def step(self, rate: float = 1.0) -> float | None:
+        """The loss before the update at `rate` times the learning rate, or None where nothing was updated."""
+        if self.compiled is not None:
+            try:
+                self._set_rates(rate)
+                return self.compiled.step()
+            except Refusal as refusal:
+                self.compiled = None
+                warnings.warn(f"fit goes on with eager steps: {refusal}", stacklevel=6)
+        value, params = self.objective()
+        params = [p for p in params if p.requires_grad]
+        active = [p for p in params if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(active, self.clip_norm)
+        finite = math.isfinite(value) and bool(norm.isfinite())
+        if finite:
+            self._update(params, rate)
+        for p in params:
+            p.grad = None
+        return value if finite else None
+
+    def restart(self) -> None:
+        """Forgets the optimizer's averages: for a round that starts from other parameters than the last one ended at."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
+    def _update(self, params: list[Tensor], rate: float) -> None:
+        if self.pyro_optim is not None:
+            self.params = params
+            self.pyro_optim(params)
+            return
+        known = {id(p) for p in self.params}
+        new = [p for p in params if id(p) not in known]  # some guides make parameters as they go
+        self.params += new
+        if self.optimizer is None:
+            self.optimizer = self.factory(new)
+            self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        elif new:
+            self.optimizer.add_param_group({"params": new})
+            self.base_lrs.append(self.base_lrs[0])
+        self._set_rates(rate)
+        self.optimizer.step()
+
+    def _set_rates(self, rate: float) -> None:
+        if self.optimizer is not None:
+            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base * rate
+
+    # --- states ---
+
+    def state(self) -> dict[str, Any]:
+        """The parameters and the optimizer's state, as tensors and plain values."""
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        return {"params": [p.detach().clone() for p in self.params], "optimizer": optimizer}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores `state()` of a trainer of the same objective. Raises `ValueError` where the parameters do not fit."""
+        if self.pyro_optim is not None:
+            raise ValueError("optim: expected a torch optimizer for a checkpoint, got a PyroOptim")
+        with torch.enable_grad():
+            _, params = self.objective()
+        params = [p for p in params if p.requires_grad]
+        for p in params:
+            p.grad = None
+        shapes = [tuple(p.shape) for p in params], [tuple(p.shape) for p in state["params"]]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"checkpoint: expected parameters of shapes {shapes[0]}, got {shapes[1]}; the model or guide has changed"
+            )
+        for p, saved in zip(params, state["params"], strict=True):
+            p.copy_(saved)
+        if state["optimizer"] is not None:
+            self.params, self.optimizer = params, self.factory(params)
+            self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    # --- compiled steps ---
+
+    def compile(self, timing: Timing) -> None:
+        """Compiles the steps to come; where that is not possible they stay eager, with a warning if it was asked for."""
+        objective = self.objective
+        try:
+            if not isinstance(objective, ELBOObjective):
+                raise Refusal("the loss is no Pyro ELBO")
+            call = Call(
+                objective.loss, objective.model, objective.guide, objective.args, objective.kwargs
+            )
+            self.compiled = CompiledTraining(call, objective.named, self._owner_of, self.clip_norm)
+        except Refusal as refusal:
+            if timing.when is True:
+                warnings.warn(f"fit takes eager steps: {refusal}", stacklevel=5)
+
+    def _owner_of(self, p: Tensor) -> Owner:
+        if self.pyro_optim is not None:
+            return owner_in(self.pyro_optim, p)
+        if self.optimizer is None:
+            raise Refusal("no step has been taken yet")
+        [group] = [g for g in self.optimizer.param_groups if any(q is p for q in g["params"])]
+        return Owner(self.optimizer, group)
+
+
+def _adam(lr: float) -> OptimFactory:
+    def factory(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, lr=lr)
+
+    return factory
+
+
+Schedule = Callable[[int], float]

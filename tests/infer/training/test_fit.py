@@ -1,0 +1,252 @@
+"""`fit` until trusted: verdicts against known posteriors, and the contract of a run."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+
+from pyro_flows_ext.guides import AutoIAF, AutoPlanar, AutoSylvester
+from pyro_flows_ext.infer import fit, importance
+
+X = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64)
+Y = 2 * X + 0.3 * torch.sin(17 * X)
+
+
+def regression(X=X, y=Y):
+    b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=torch.float64), 5.0))
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal(b * X, 0.5), obs=y)
+
+
+def slope():
+    """Mean and sd of the posterior of `regression`."""
+    precision = 1 / 25 + (X.square() / 0.25).sum()
+    return ((X * Y / 0.25).sum() / precision).item(), precision.rsqrt().item()
+
+
+def evidence():
+    covariance = 25 * X[:, None] * X + 0.25 * torch.eye(30, dtype=torch.float64)
+    zeros = torch.zeros(30, dtype=torch.float64)
+    return dist.MultivariateNormal(zeros, covariance).log_prob(Y).item()
+
+
+def test_ends_trusted_at_the_exact_posterior():
+    result = fit(regression, AutoIAF(regression), seed=0, progress=False)
+    assert result.trusted
+    assert result.reason == "trusted"
+    assert result.advice == ()
+    mean, sd = slope()
+    draws = result.sample(4000)["b"]
+    assert draws.mean().item() == pytest.approx(mean, abs=0.1 * sd)
+    assert draws.std().item() == pytest.approx(sd, rel=0.1)
+    assert result.importance.log_evidence == pytest.approx(evidence(), abs=0.02)
+    assert str(result).startswith("Trusted: the draws follow the posterior (ESS")
+    assert result.summary().loc["b", "mean"] == pytest.approx(mean, abs=0.1 * sd)
+
+
+def funnel():
+    tau = pyro.sample("tau", dist.Normal(torch.zeros((), dtype=torch.float64), 2.0))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), tau.exp()))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([0.4, -0.7, 1.0, 0.2]).double())
+
+
+def test_a_guide_that_cannot_fit_is_refined_by_chains():
+    result = fit(funnel, AutoMultivariateNormal(funnel), seed=0, progress=False, max_steps=400)
+    # E tau by quadrature: z sums out to y ~ N(0, 1 + exp(2 tau)).
+    tau = torch.linspace(-14, 8, 4001, dtype=torch.float64)
+    scale = (1 + (2 * tau).exp()).sqrt()
+    y = torch.tensor([0.4, -0.7, 1.0, 0.2]).double()
+    log_p = dist.Normal(0.0, 2.0).log_prob(tau)
+    log_p = log_p + dist.Normal(0.0, scale[:, None]).log_prob(y).sum(-1)
+    weights = log_p.softmax(0)
+    mean = (weights * tau).sum()
+    sd = (weights * (tau - mean).square()).sum().sqrt()
+    assert result.refined is not None
+    draws = result.sample(8000)["tau"]
+    error = abs(draws.mean() - mean) / sd
+    assert (not result.trusted) or error < 0.15
+
+
+def two_modes():
+    z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 10.0))
+    parts = dist.Normal(torch.tensor([-6.0, 6.0], dtype=torch.float64), 0.3)
+    pyro.factor("parts", parts.log_prob(z.unsqueeze(-1)).logsumexp(-1))
+
+
+def test_a_mode_that_is_not_covered_is_named():
+    result = fit(two_modes, AutoIAF(two_modes), seed=0, progress=False, max_steps=300)
+    if result.trusted:  # only where draws visit both
+        assert 0.3 < (result.sample(2000)["z"] > 0).double().mean() < 0.7
+    else:
+        assert any("not covered" in line or "mix" in line for line in result.advice)
+
+
+@config_enumerate
+def enumerated(y=Y):
+    z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
+    b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=torch.float64), 5.0))
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal(b * X + 0.2 * z, 0.5), obs=y)
+
+
+def test_enumerated_latents_are_summed_out_by_themselves():
+    guide = AutoIAF(poutine.block(enumerated, hide=["z"]))
+    result = fit(enumerated, guide, seed=0, progress=False)
+    covariance = 25 * X[:, None] * X + 0.25 * torch.eye(30, dtype=torch.float64)
+    means = torch.tensor([0.0, 0.2], dtype=torch.float64)[:, None].expand(2, 30)
+    parts = dist.MultivariateNormal(means, covariance).log_prob(Y)
+    expected = (parts + torch.tensor([0.7, 0.3]).log()).logsumexp(0).item()
+    assert result.trusted
+    assert result.importance.log_evidence == pytest.approx(expected, abs=0.02)
+    again = importance(enumerated, guide, num_samples=500)
+    assert again.log_evidence == pytest.approx(expected, abs=0.05)
+
+
+# --- refusals ---
+
+
+def test_a_broadcast_likelihood_is_refused_as_by_svi():
+    with pytest.raises(ValueError, match=r"invalid log_prob shape"):
+        fit(regression, AutoIAF(regression), X[:, None], Y, progress=False)
+
+
+def test_forgotten_data_are_named_at_once():
+    guide = AutoIAF(regression)
+    guide.setup(X, Y)
+    with pytest.raises(ValueError, match="latent 'y' of the model"):
+        fit(regression, guide, X, None, progress=False)
+    with pytest.raises(ValueError, match="latent 'y' of the model"):
+        importance(regression, guide, X, None)
+
+
+def test_points_have_no_weights():
+    guide = AutoDelta(regression)
+    with pytest.warns(UserWarning, match="points"):
+        result = fit(regression, guide, num_steps=20, progress=False)
+    assert not result.trusted
+    with pytest.raises(ValueError, match=r"\['b'\] are points"):
+        importance(regression, guide)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_ess": 1.0}, r"target_ess: expected a number in \(0, 1\)"),
+        ({"max_steps": 0}, "max_steps: expected a positive integer"),
+        ({"refine": "never"}, 'refine: expected True, False or "auto"'),
+        ({"resume": True}, "resume: expected checkpoint="),
+    ],
+    ids=["ess", "steps", "refine", "resume"],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(regression, AutoIAF(regression), progress=False, **options)
+
+
+# --- the contract of a run ---
+
+
+def test_a_guide_that_was_only_called_is_warm_started():
+    for call in (False, True):
+        pyro.clear_param_store()
+        guide = AutoPlanar(regression)
+        if call:
+            guide()
+        result = fit(regression, guide, num_steps=5, seed=0, progress=False)
+        assert result.warm_start is not None
+    trained = fit(regression, guide, num_steps=5, seed=0, progress=False)
+    assert trained.warm_start is None
+
+
+def test_callbacks_see_the_run_and_may_end_it():
+    steps = []
+
+    def callback(state):
+        steps.append(state.step)
+        state.stop = True
+
+    guide = AutoNormal(regression)
+    result = fit(regression, guide, callback=callback, refine=False, seed=0, progress=False)
+    assert steps
+    assert result.steps == steps[-1]
+    assert result.reason in ("interrupted", "trusted")
+
+
+def test_an_interrupt_keeps_the_state_so_far():
+    def callback(state):
+        if state.step >= 50:
+            raise KeyboardInterrupt
+
+    guide = AutoNormal(regression)
+    result = fit(regression, guide, num_steps=1000, callback=callback, progress=False)
+    assert result.reason == "interrupted"
+    assert not result.trusted
+    assert result.steps == 50
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+def losses_of(path, resume, stop_at=None, guide_class=AutoSylvester, **options):
+    def callback(state):
+        if stop_at is not None and state.step >= stop_at:
+            raise RuntimeError("killed")
+
+    pyro.clear_param_store()
+    options = {"num_steps": 200, "warm_start": False, **options}
+    return fit(
+        regression,
+        guide_class(regression),
+        checkpoint=path,
+        resume=resume,
+        callback=callback,
+        seed=3,
+        progress=False,
+        **options,
+    ).losses
+
+
+@pytest.mark.parametrize("guide_class", [AutoSylvester, AutoNormal])
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(
+    tmp_path, monkeypatch, guide_class
+):
+    monkeypatch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+    path = tmp_path / "fit.ckpt"
+    whole = losses_of(path, False, guide_class=guide_class)
+    path.unlink()
+    with pytest.raises(RuntimeError, match="killed"):
+        losses_of(path, False, stop_at=100, guide_class=guide_class)
+    torch.testing.assert_close(
+        losses_of(path, True, guide_class=guide_class), whole, rtol=0, atol=0
+    )
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
+    path = tmp_path / "fit.ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+        losses_of(path, False)
+    with pytest.raises((ValueError, RuntimeError)):
+        losses_of(path, True, guide_class=AutoIAF)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="expected a checkpoint of fit"):
+        losses_of(path, True)
+
+
+def test_plain_lines_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("pyro_flows_ext.infer.training.progress.LINE_SECONDS", 0.0)
+    fit(regression, AutoNormal(regression), num_steps=3, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("training: step 2") for line in lines)
+    assert math.isfinite(float(lines[-1].split("ELBO ")[1].split(",")[0]))
+
+
+def test_misspelled_options_reach_the_model_and_raise():
+    with warnings.catch_warnings(), pytest.raises(TypeError, match="num_step"):
+        fit(regression, AutoNormal(regression), num_step=3, progress=False)
