@@ -129,14 +129,16 @@ class AugmentedGuide(AutoFlow):
             pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
         return latent[..., : self.latent_dim]
 
-    def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Raises `TypeError`: log q(samples) is not known; `log_prob_bound` bounds it."""
         raise TypeError(
             f"{type(self).__name__}: log q(z) = log ∫ q(z, u) du is not known; use log_prob_bound, a lower bound, or "
             "for importance weights diagnostics.importance, which weighs latents and auxiliary variables together"
         )
 
-    def log_prob_bound(self, samples: Mapping[str, Tensor], num_particles: int = 100) -> Tensor:
+    def log_prob_bound(
+        self, samples: Mapping[str, Tensor], num_particles: int = 100, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Lower bound: log 1/K Σ_k q(samples, u_k) / r(u_k | samples), u_k ~ r, on log q, in constrained space.
 
         Site -> `(*, *shape)` gives `(*)`, in nats, K = `num_particles`. Random: its mean is below log q, and rises to
@@ -144,6 +146,6 @@ class AugmentedGuide(AutoFlow):
         come out too large. Raises `ValueError` when the sites or shapes do not fit.
         Cost: K inverse passes, in one batch.
         """
-        latent, ladj, inside = self._unconstrain(samples)
+        latent, ladj, inside = self._unconstrain(samples, args, kwargs)
         bound = self._flow.log_prob_bound(self.get_base_dist(), latent, num_particles)
         return torch.where(inside, bound - ladj, -torch.inf)

@@ -25,6 +25,10 @@ class PortableGuide(AutoGuide):
 
     _until_set_up: ClassVar[tuple[str, ...]] = ("_flow_factory",)
 
+    # The model as it was given (`model` is that with `init_loc_fn`), and the arguments of the last call where a guide needs them.
+    _program: tuple[Any] = (None,)
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The posterior median of each latent, elementwise, from 10,000 draws; shapes as in `quantiles`, less the first."""
@@ -48,9 +52,12 @@ class PortableGuide(AutoGuide):
                         )
 
     def __getstate__(self) -> dict[str, Any]:
+        return self._portable_state()
+
+    def _portable_state(self) -> dict[str, Any]:
         forget_param_store(self)
         state = dict(self.__dict__)
-        state.update(_model=(None,), master=None)
+        state.update(_model=(None,), _program=(None,), _arguments=None, master=None)
         if self.prototype_trace is not None:
             state.update(dict.fromkeys(self._until_set_up))
         return state
@@ -58,7 +65,9 @@ class PortableGuide(AutoGuide):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = object.__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new.__setstate__(copy.deepcopy(self._portable_state(), memo))
         kept = {name: self.__dict__[name] for name in self._until_set_up}
-        new.__dict__.update(_model=self._model, **kept)
+        new.__dict__.update(
+            _model=self._model, _program=self._program, _arguments=self._arguments, **kept
+        )
         return new

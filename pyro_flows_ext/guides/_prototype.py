@@ -28,9 +28,21 @@ def slim(sites: list[tuple[str, Any]]) -> Trace:
 
 
 def argument_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The shapes of all tensors among the arguments, the types of everything else."""
+    """The shapes of all tensors among the arguments, numbers and names, and the types of everything else."""
     leaves = tree_leaves((args, sorted(kwargs.items())))
-    return tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
+    return tuple(map(_outline, leaves))
+
+
+def same_objects(old: Any, new: Any) -> bool:
+    """Whether two trees of arguments have the same objects for leaves."""
+    a, b = tree_leaves(old), tree_leaves(new)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _outline(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return tuple(x.shape)
+    return x if isinstance(x, (bool, int, str)) else type(x).__name__
 
 
 def extent(site: Mapping[str, Any], prototype: Mapping[str, Any]) -> tuple[Any, ...]:

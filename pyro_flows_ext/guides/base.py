@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..ops import quantiles as elementwise_quantiles
 from ..programs import (
+    Following,
+    JacobianDelta,
     Latent,
     check_inside,
     check_log_prob,
+    completed_latents,
     constrain,
+    is_maskable,
+    is_masked,
+    leading_shape,
+    needs_run,
     read_latent,
+    tensors_of,
     unconstrain,
 )
 from ..transforms import (
@@ -40,8 +49,9 @@ from ..transforms import (
     sylvester,
 )
 from ..transforms.affine import check_whitening
+from ._forecast import training_arguments
 from ._module import PortableGuide
-from ._prototype import argument_shapes, extent, slim
+from ._prototype import argument_shapes, extent, same_objects, slim
 from .initialization import init_to_median
 
 FlowFactory = Callable[[int], FlowTransform]
@@ -145,6 +155,14 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._init_scale, self.base_df = init_scale, base_df
         self._known_shapes: set[Any] = set()
         self._set_up_as: tuple[float, ...] = ()
+        # In a tuple: a module would become a part of the guide.
+        self._program = (model,)
+        # The latents that take supports or masks from each run; of masked ones, those with the density of their prior where
+        # they are masked, and those whose flat prior the likelihood makes proper.
+        self._needed: tuple[str, ...] = ()
+        self._maskable: frozenset[str] = frozenset()
+        self._completed: frozenset[str] = frozenset()
+        self._flat: frozenset[str] = frozenset()
 
     # --- setting up ---
 
@@ -192,22 +210,40 @@ class AutoFlow(PortableGuide, AutoContinuous):
                         "every mini-batch. Use AutoAmortizedFlow, which reads the latents of a datum off the datum, or the full data"
                     )
             self._cond_indep_stacks[name] = site["cond_indep_stack"]
-        sites = self._sites()
+        sites, trace = self._sites(), cast(Trace, self.prototype_trace)
         self.prototype_trace = slim(sites)
         if not sites:
             raise ValueError(
                 "the model has no latents: expected at least one unobserved, continuous site"
             )
+        self._needed, self._completed, self._flat = (), frozenset(), frozenset()
         for latent, (name, site) in zip(self.latents, sites, strict=True):
             check_inside(name, latent.support, latent.inside)
             check_log_prob(name, site["fn"], latent.inside)
             self._unconstrained_shapes[name] = latent.unconstrained_shape
         self.latent_dim = sum(shape.numel() for shape in self._unconstrained_shapes.values())
+        self._read_masks_and_supports(trace, args, kwargs)
+        self._check_supports_repeat()
+
+    def _check_supports_repeat(self) -> None:
+        """Raises `ValueError` for supports that depend on anything but latents of the guide and arguments."""
+        following = self._following((), {})
+        if following is None:
+            return
+        loc = self._init_loc()
+        first, again = following.supports(loc), following.supports(loc)
+        for name in self._needed:
+            a, b = tensors_of(first[name]), tensors_of(again[name])
+            if any(s.shape != t.shape or not torch.equal(s, t) for s, t in zip(a, b, strict=True)):
+                raise ValueError(
+                    f"latent {name!r} has a support that changes from run to run ({first[name]}, then {again[name]}): expected "
+                    "one that depends on arguments and on latents of this guide. Sample on a fixed support, and transform"
+                )
 
     def _init_loc(self) -> Tensor:
         """The values of the prototype, unconstrained `(D)`."""
         values = {latent.name: latent.inside for latent in self.latents}
-        return self._unconstrain(values)[0]
+        return unconstrain(values, self.latents)[0]
 
     @property
     def whitening(self) -> Whitening:
@@ -261,27 +297,35 @@ class AutoFlow(PortableGuide, AutoContinuous):
         vector = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         result = {}
-        for latent, image in constrain(vector, self.latents, in_plates=True):
+        for latent, image in self._images(vector, args, kwargs):
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[latent.name]:
                     stack.enter_context(plates[frame.name])
+                if latent.name in self._completed:
+                    # The masked entries are in the density of the `Delta`: the site has the mask of the model already.
+                    stack.enter_context(poutine.mask(mask=True))
                 result[latent.name] = pyro.sample(latent.name, image)
         return result
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Constrained draws: site -> `(num_samples, *shape)`, without gradient."""
+        """Constrained draws: site -> `(num_samples, *shape)`, without gradient.
+
+        Bounds that depend on the arguments are those of the last call where no arguments are given.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        latent = self.get_posterior().sample(torch.Size([num_samples]))
-        return dict(self._constrain(latent))
+        vector = self.get_posterior().sample(torch.Size([num_samples]))[..., : self.latent_dim]
+        images = self._images(vector, args, kwargs, in_plates=False)
+        return {latent.name: image.v for latent, image in images}
 
-    def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
+    def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """log q(samples), exact, in constrained space: site -> `(*, *shape)` gives `(*)`.
 
-        For values from anywhere; -inf outside the support. Raises `ValueError` when the sites or shapes do not fit.
+        For values from anywhere; -inf outside the support. Bounds that depend on the arguments are those of the last call
+        where no arguments are given. Raises `ValueError` when the sites or shapes do not fit.
         """
-        latent, ladj, inside = self._unconstrain(samples)
+        latent, ladj, inside = self._unconstrain(samples, args, kwargs)
         return torch.where(inside, self.get_posterior().log_prob(latent) - ladj, -torch.inf)
 
     @torch.no_grad()
@@ -297,13 +341,44 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._require_setup()
         return list(self.prototype_trace.iter_stochastic_nodes())  # type: ignore[union-attr]
 
-    def _constrain(self, latent: Tensor) -> list[tuple[str, Tensor]]:
-        """Splits `(*, D)` unconstrained into constrained sites `(*, *shape)`."""
-        return [(site.name, image.v) for site, image in constrain(latent, self.latents)]
+    def _images(
+        self,
+        vector: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        in_plates: bool = True,
+    ) -> Iterator[tuple[Latent, JacobianDelta]]:
+        """The latents at unconstrained vectors `(*, D)`; `in_plates`: see `programs.split`."""
+        latents, following = self.latents, self._following(args, kwargs)
+        if following is None:
+            yield from constrain(vector, latents, in_plates=in_plates)
+            return
+        found = following.constrain(vector.reshape(-1, vector.shape[-1]))
+        for latent in latents:
+            value, term = found[latent.name]
+            num_plates = len(latent.shape) - latent.event_dim if in_plates else 0
+            outside = vector.shape[: max(0, vector.dim() - 1 - num_plates)]
+            value = value.reshape(outside + latent.shape)
+            yield (
+                latent,
+                JacobianDelta(value, term.reshape(outside + term.shape[1:]), latent.event_dim),
+            )
 
-    def _unconstrain(self, samples: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _unconstrain(
+        self,
+        samples: Mapping[str, Tensor],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The unconstrained latents `(*, D)`, log|det| of their map to `samples` `(*)`, and whether those are in the support."""
-        return unconstrain(samples, self.latents)
+        latents, following = self.latents, self._following(args, kwargs or {})
+        if following is None:
+            return unconstrain(samples, latents)
+        leading = leading_shape(samples, latents)
+        rows = {x.name: samples[x.name].reshape(-1, *x.shape) for x in latents}
+        vector, ladj, inside = following.unconstrain(rows)
+        return vector.reshape(*leading, -1), ladj.reshape(leading), inside.reshape(leading)
 
     @property
     def latents(self) -> list[Latent]:
@@ -316,25 +391,97 @@ class AutoFlow(PortableGuide, AutoContinuous):
         if self.prototype_trace is None:
             raise ValueError("the guide has no parameters yet: call guide.setup(*args) first")
 
+    def _following(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Following | None:
+        """The maps of latents to supports as the model gives them for these arguments; None where nothing depends on the run."""
+        if not self._needed:
+            return None
+        if self._program[0] is None:
+            raise ValueError(
+                f"the supports of latents {list(self._needed)} come from the model, and a guide from a file is without one: "
+                "expected the guide that was trained, or a model with constant bounds, such as b = a * dist.Uniform(0, 1)"
+            )
+        if args or kwargs or self._arguments is None:
+            args, kwargs = training_arguments(self._program[0], args, kwargs)
+        else:
+            args, kwargs = self._arguments
+        return Following(
+            self._program[0], args, kwargs, self.latents, self._needed, self._completed
+        )
+
     def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Arguments of new shapes must leave the latents' shapes alone; the model is run once to know."""
-        if not self._prototype_frames or self.model is None or torch.jit.is_tracing():
+        """Raises `ValueError` for arguments that change the shapes of latents; the model runs once for arguments of new shapes."""
+        if self._program[0] is None or torch.jit.is_tracing():
             return
+        args, kwargs = training_arguments(self._program[0], args, kwargs)
         shapes = argument_shapes(args, kwargs)
-        if shapes in self._known_shapes or not (args or kwargs):
-            return
-        with torch.no_grad(), poutine.block():
+        is_new = shapes not in self._known_shapes and bool(args or kwargs)
+        if self._needed and not same_objects(self._arguments, (args, kwargs)):
+            self._arguments = (args, kwargs)
+            is_new = is_new or not self._maskable <= {*self._completed, *self._flat}
+        if is_new:
+            self._read_run(args, kwargs)
+            self._known_shapes.add(shapes)
+
+    @torch.no_grad()
+    def _read_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares the latents of a new run of the model with those of the setup."""
+        with poutine.block():
             trace = poutine.trace(poutine.block(self.model, self._prototype_hide_fn)).get_trace(
                 *args, **kwargs
             )
         for name, site in self._sites():
+            if name not in trace.nodes:
+                raise ValueError(
+                    f"latent {name!r} of the setup is not a latent of the model for these arguments; set up a new guide on them"
+                )
             old, new = extent(site, site), extent(trace.nodes[name], site)
             if old != new:
                 raise ValueError(
                     f"latent {name!r} has size {new} for these arguments, but the guide was set up for {old}; "
                     "set up a new guide on these arguments"
                 )
-        self._known_shapes.add(shapes)
+        self._read_masks_and_supports(trace, args, kwargs)
+
+    def _read_masks_and_supports(
+        self, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Finds the latents whose supports and masks come from the runs of the model."""
+        latents = self.latents
+        run: dict[str, Any] = {latent.name: trace.nodes[latent.name] for latent in latents}
+        self._needed = tuple(n for n, site in run.items() if n in self._needed or needs_run(site))
+        self._maskable = frozenset(n for n, site in run.items() if is_maskable(site))
+        judged = self._completed | self._flat
+        masked = frozenset(n for n in self._maskable - judged if is_masked(run[n]))
+        if masked:
+            completed = completed_latents(self._program[0], args, kwargs, latents, trace)
+            self._completed |= completed & masked
+            self._flat |= masked - completed
+        if self._needed:
+            self._arguments = (args, kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a guide in a file, which is without its model: constant supports are those of the setup."""
+        state = super().__getstate__()
+        if self._needed and not self._completed and self._supports_are_constant():
+            state["_needed"] = ()
+        return state
+
+    @torch.no_grad()
+    def _supports_are_constant(self) -> bool:
+        """Whether two runs of the model, far from each other, have the supports of the setup."""
+        following = None if self._program[0] is None else self._following((), {})
+        if following is None:
+            return False
+        loc = self._init_loc()
+        with torch.random.fork_rng(devices=[]):
+            runs = [following.supports(loc), following.supports(loc + torch.randn_like(loc))]
+        known = {latent.name: tensors_of(latent.support) for latent in self.latents}
+        return all(
+            s.shape == t.shape and torch.equal(s, t)
+            for run in runs
+            for name in self._needed
+            for s, t in zip(tensors_of(run[name]), known[name], strict=True)
+        )
 
 
 @torch.no_grad()

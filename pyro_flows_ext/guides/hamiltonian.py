@@ -53,8 +53,6 @@ class AutoHamiltonian(AugmentedGuide):
     tempering: Caterini, Doucet & Sejdinovic 2018, Hamiltonian Variational Auto-Encoder.
     """
 
-    _until_set_up = ("_flow_factory", "_program")
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -73,8 +71,6 @@ class AutoHamiltonian(AugmentedGuide):
             hidden_dims=tuple(reverse_hidden_dims),
         )
         super().__init__(model, factory, **options)
-        # `self.model` is wrapped for `init_loc_fn`. In a tuple: a module would become a part of the guide.
-        self._program: tuple[Any] = (model,)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -108,9 +104,6 @@ class AutoHamiltonian(AugmentedGuide):
         sizes = [min(CHUNK, num_samples - i) for i in range(0, num_samples, CHUNK)] or [0]
         parts = [super(AutoHamiltonian, self).sample_posterior(n, *args, **kwargs) for n in sizes]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_program": (None,)}
 
 
 def _make_flow(

@@ -1,17 +1,20 @@
 """Pyro programs as functions: traces, latents, particles, and the log joint."""
 
 from .arguments import check_finite_log_joint, describe_nonfinite, nonfinite_arguments
+from .following import Following, needs_run
 from .latents import (
     JacobianDelta,
     Latent,
     check_inside,
     constrain,
+    leading_shape,
     read_latent,
     split,
     to_support,
     unconstrain,
 )
-from .log_joint import ERRORS, LogJoint, value_and_gradient
+from .log_joint import ERRORS, LogJoint, completed_latents, value_and_gradient
+from .masks import is_maskable, is_masked
 from .match import check_density, check_latents, check_shapes, traces_of
 from .particles import Particles, draw_particles
 from .supports import (
@@ -44,6 +47,7 @@ __all__ = [
     "ERRORS",
     "PARTICLES",
     "SPHERICAL",
+    "Following",
     "JacobianDelta",
     "Latent",
     "LogJoint",
@@ -57,6 +61,7 @@ __all__ = [
     "check_latents",
     "check_log_prob",
     "check_shapes",
+    "completed_latents",
     "constrain",
     "describe_nonfinite",
     "draw_particles",
@@ -64,8 +69,12 @@ __all__ = [
     "in_particles",
     "is_delta",
     "is_latent",
+    "is_maskable",
+    "is_masked",
     "latent_sites",
+    "leading_shape",
     "log_prob_by_particle",
+    "needs_run",
     "nesting_of",
     "nonfinite_arguments",
     "nonfinite_ignored",

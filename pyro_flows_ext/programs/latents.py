@@ -109,18 +109,10 @@ def unconstrain(
 
     Raises `ValueError` for other sites, and for shapes that do not fit.
     """
-    names = {latent.name for latent in latents}
-    if names != samples.keys():
-        raise ValueError(f"samples: expected the sites {sorted(names)}, got {sorted(samples)}")
+    leading = leading_shape(samples, latents)
     parts, ladjs, inside = [], [], []
     for latent in latents:
-        value, shape = samples[latent.name], latent.shape
-        cut = value.dim() - len(shape)
-        if cut < 0 or value.shape[cut:] != shape:
-            raise ValueError(
-                f"samples[{latent.name!r}]: expected shape (*, {', '.join(map(str, shape))}), "
-                f"got {tuple(value.shape)}"
-            )
+        value, shape, cut = samples[latent.name], latent.shape, len(leading)
         valid = latent.support.check(value).reshape((*value.shape[:cut], -1)).all(-1)
         inside.append(valid)
         # A value outside would make the gradient of its neighbours NaN: put one inside in its place.
@@ -130,12 +122,30 @@ def unconstrain(
         ladj = transform.log_abs_det_jacobian(part, safe)
         ladjs.append(sum_rightmost(ladj, ladj.dim() - cut))
         parts.append(part.reshape((*value.shape[:cut], -1)))
-    if len({part.shape[:-1] for part in parts}) > 1:
+    return torch.cat(parts, -1), torch.stack(ladjs).sum(0), torch.stack(inside).all(0)
+
+
+def leading_shape(samples: Mapping[str, Tensor], latents: Sequence[Latent]) -> torch.Size:
+    """The shape `*` that values `(*, *shape)` of the latents share; raises `ValueError` where sites or shapes do not fit."""
+    names = {latent.name for latent in latents}
+    if names != samples.keys():
+        raise ValueError(f"samples: expected the sites {sorted(names)}, got {sorted(samples)}")
+    found = set()
+    for latent in latents:
+        value, shape = samples[latent.name], latent.shape
+        cut = value.dim() - len(shape)
+        if cut < 0 or value.shape[cut:] != shape:
+            raise ValueError(
+                f"samples[{latent.name!r}]: expected shape (*, {', '.join(map(str, shape))}), "
+                f"got {tuple(value.shape)}"
+            )
+        found.add(value.shape[:cut])
+    if len(found) > 1:
         raise ValueError(
             "samples: expected the same leading shape for every site, got "
             f"{ {name: tuple(value.shape) for name, value in samples.items()} }"
         )
-    return torch.cat(parts, -1), torch.stack(ladjs).sum(0), torch.stack(inside).all(0)
+    return found.pop()
 
 
 def check_inside(name: str, support: Constraint, value: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .latents import (
     to_support,
     unconstrain,
 )
+from .masks import completing_log_prob, is_masked, masked_entries
 from .supports import bijection, support_of, true_support
 from .traces import (
     Program,
@@ -95,7 +96,7 @@ class LogJoint:
         self.latents = list(latents) if latents is not None else _continuous(trace)
         self.nesting = nesting_of(trace)
         self._check_sites(trace)
-        self._read_masks(trace)
+        self._proper = completed_latents(model, self.args, self.kwargs, self.latents, trace)
         self.method = "loop"
         self.vectorization_error: str | None = None
         self._choose_method()
@@ -233,26 +234,6 @@ class LogJoint:
         }
         self._subsamples = {name: trace.nodes[name]["fn"] for name in self.subsampled}
 
-    def _read_masks(self, trace: Trace) -> None:
-        """Finds the masked latents that nothing unmasked depends on: these have the density of their prior."""
-        masked = [x for x in self.latents if _is_masked(trace.nodes[x.name])]
-        if not masked:
-            return
-        points = {x.name: x.inside.detach().clone().requires_grad_() for x in self.latents}
-        with torch.enable_grad(), poutine.block(), nonfinite_ignored():
-            model = _Substitute(points)(self.model)
-            replayed = poutine.trace(model).get_trace(*self.args, **self.kwargs)
-            total = torch.as_tensor(replayed.log_prob_sum())
-            grads = torch.autograd.grad(
-                total, list(points.values()), allow_unused=True, materialize_grads=True
-            )
-        gradients = dict(zip(points, grads, strict=True))
-        self._proper = frozenset(
-            x.name
-            for x in masked
-            if _vanishes_where_masked(gradients[x.name], replayed.nodes[x.name])
-        )
-
     # --- how it is evaluated ---
 
     def _choose_method(self) -> None:
@@ -372,9 +353,8 @@ class LogJoint:
         if self.enumerated:
             program = enumerate_in_parallel(put(self.model), self.nesting)
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
-            for name in proper:
-                trace.nodes[name]["mask"] = None
-            value = sum((ladj.sum() for ladj in put.ladjs), start=marginal_log_prob(trace))
+            terms = [completing_log_prob(trace.nodes[name]) for name in proper]
+            value = sum((t.sum() for t in [*put.ladjs, *terms]), start=marginal_log_prob(trace))
             self.parameters = [_leaf(s) for s in trace.nodes.values() if s["type"] == "param"]
             return value, put.latents if collect is None else {}
         total = _Total(num, self.nesting, proper, bool(collect))
@@ -441,6 +421,34 @@ def value_and_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tu
     )
 
 
+def completed_latents(
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    latents: Sequence[Latent],
+    trace: Trace,
+) -> frozenset[str]:
+    """The latents masked in a trace whose masked entries nothing else depends on: those can have the density of their prior."""
+    masked = [x.name for x in latents if is_masked(trace.nodes[x.name])]
+    if not masked:
+        return frozenset()
+    points = {x.name: x.inside.detach().clone().requires_grad_() for x in latents}
+    with torch.enable_grad(), poutine.block(), nonfinite_ignored():
+        replayed = poutine.trace(_Substitute(points)(model)).get_trace(*args, **kwargs)
+        total = torch.as_tensor(replayed.log_prob_sum())
+        if not total.requires_grad:
+            return frozenset(masked)
+        grads = torch.autograd.grad(
+            total, list(points.values()), allow_unused=True, materialize_grads=True
+        )
+    gradients = dict(zip(points, grads, strict=True))
+    return frozenset(
+        name
+        for name in masked
+        if not bool((gradients[name] * masked_entries(replayed.nodes[name])).any())
+    )
+
+
 def check_marginalised(name: str, site: Site) -> None:
     """Raises `ValueError` for a latent outside of the guide that is not enumerated."""
     if site["infer"].get("enumerate") and site["fn"].has_enumerate_support:
@@ -471,19 +479,6 @@ def _leaf(site: Site) -> Tensor:
     unconstrained = getattr(site["value"], "unconstrained", None)
     leaf = None if unconstrained is None else unconstrained()
     return site["value"] if leaf is None else leaf
-
-
-def _is_masked(site: Site) -> bool:
-    mask = site["mask"]
-    return mask is False or (isinstance(mask, Tensor) and not bool(mask.all()))
-
-
-def _vanishes_where_masked(gradient: Tensor, site: Site) -> bool:
-    mask = site["mask"]
-    if mask is False:
-        return not bool(gradient.any())
-    event = (1,) * site["fn"].event_dim
-    return not bool((gradient * ~mask.reshape(mask.shape + event)).any())
 
 
 def _first_line(error: Exception) -> str:
@@ -543,9 +538,9 @@ class _Substitute(Messenger):
 class _Total(Messenger):
     """Adds up the log densities of all sites, scaled and masked: a scalar, or one value for each of `num` particles."""
 
-    def __init__(self, num: int | None, nesting: int, unmasked: frozenset[str], collect: bool):
+    def __init__(self, num: int | None, nesting: int, completed: frozenset[str], collect: bool):
         super().__init__()
-        self.num, self.nesting, self.unmasked, self.collect = num, nesting, unmasked, collect
+        self.num, self.nesting, self.completed, self.collect = num, nesting, completed, collect
         self.terms: list[Tensor] = []
         self.sites: dict[str, Tensor] = {}
         self.parameters: list[Tensor] = []
@@ -572,8 +567,9 @@ class _Total(Messenger):
         if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        mask = None if msg["name"] in self.unmasked else msg["mask"]
-        self.add(scale_and_mask(log_prob, msg["scale"], mask))
+        self.add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
+        if msg["name"] in self.completed:
+            self.add(completing_log_prob(msg))
         if self.collect and msg["is_observed"] and not isinstance(msg["fn"], dist.Unit):
             likelihood = scale_and_mask(log_prob, 1.0, msg["mask"])
             if self.num is not None and likelihood.dim() <= self.nesting:

@@ -226,7 +226,7 @@ def test_density_has_mass_one_on_the_support(name):
         u, _, inside = guide._unconstrain({"z": fn.sample((4000,))})
         assert inside.float().mean() > 0.99
         u = u[inside & u.isfinite().all(-1)]
-        ((_, image),) = constrain(u, guide._latents())
+        ((_, image),) = constrain(u, guide.latents)
         z, ladj = image.v, -image.log_density
         log_p = (fn.log_prob(z) + ladj).reshape(len(u), -1).sum(-1)
         loc = u.median(0).values
@@ -240,7 +240,7 @@ def test_density_has_mass_one_on_the_support(name):
     # The draws of the guide lie in the support, and have the density that their trace has.
     trace = pyro.poutine.trace(guide).get_trace()
     draw = trace.nodes["z"]["value"]
-    assert bool(guide._latents()[0].support.check(draw).all())
+    assert bool(guide.latents[0].support.check(draw).all())
     torch.testing.assert_close(
         guide.log_prob({"z": draw}), trace.log_prob_sum(), atol=1e-3, rtol=1e-3
     )
@@ -252,7 +252,7 @@ def test_density_of_correlations_has_mass_one(name):
     guide.setup()
     proposal = dist.Normal(torch.zeros(3), 1.2).to_event(1)
     u = proposal.sample((20_000,))
-    ((_, image),) = constrain(u, guide._latents())
+    ((_, image),) = constrain(u, guide.latents)
     z, ladj = image.v, -image.log_density
     ratio = (BY_PROPOSAL[name]().log_prob(z) + ladj - proposal.log_prob(u)).exp()
     torch.testing.assert_close(ratio.mean(), tensor(1.0), atol=0.03, rtol=0)
