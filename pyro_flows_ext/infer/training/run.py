@@ -173,7 +173,7 @@ class Run:
                 self.best.restore()
                 self.trainer.restart()
         self.announce("refining")
-        return self.judge.is_trusted(result)
+        return self.judge.is_trusted(result, first=is_first)
 
     def _note(self, gained: bool) -> None:
         self.level = 0 if gained else self.level + 1

@@ -18,8 +18,11 @@ from .posterior import Posterior
 MAX_K_HAT = 0.7
 # Gradients, of all chains at once, for a check of drift and for the first attempt to refine; the budget doubles.
 VERIFY_GRADIENTS, REFINE_GRADIENTS, MAX_GRADIENTS = 160, 600, 2400
-# Below this effective share, the guide's draws are too few places for chains to start from.
-LEAST_EFFICIENCY = 0.02
+# Effective draws at which chains stop: means to .03 sd.
+CHAIN_ESS = 1000.0
+# Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
+# some: a hundred steps cost less than chains that do not mix.
+LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.1, 0.02
 
 
 @dataclass
@@ -53,10 +56,12 @@ class Judge:
         """Whether weights are even enough to be trusted by themselves."""
         return result.efficiency >= self.target_ess and result.k_hat < MAX_K_HAT
 
-    def is_trusted(self, result: ImportanceResult, *, last: bool = False) -> bool:
+    def is_trusted(
+        self, result: ImportanceResult, *, first: bool = False, last: bool = False
+    ) -> bool:
         """Whether draws can be trusted now: good weights, twice, and chains without drift; else chains that mix.
 
-        `last`: no further round follows, so that chains get a full budget.
+        `first`: before any training. `last`: no further round follows, so that chains get a full budget.
         """
         if self.is_good(result) and self.is_good(self.weigh()):
             target, start = self.posterior.start()
@@ -67,19 +72,17 @@ class Judge:
             if not self.refine:
                 return False
             self.refined = refine_density(
-                target, start, max_gradients=MAX_GRADIENTS, previous=checked
+                target, start, max_gradients=MAX_GRADIENTS, target_ess=CHAIN_ESS, previous=checked
             )
             return self.refined.mixed and self._covers()
-        if not self.refine or not (last or self._is_near(result)):
+        least = LEAST_EFFICIENCY_AT_START if first else LEAST_EFFICIENCY
+        if not self.refine or not (last or result.efficiency >= least):
             return False
         target, start = self.posterior.start()
         budget = MAX_GRADIENTS if last else self.budget
         self.budget = min(2 * self.budget, MAX_GRADIENTS)
-        self.refined = refine_density(target, start, max_gradients=budget)
+        self.refined = refine_density(target, start, max_gradients=budget, target_ess=CHAIN_ESS)
         return self.refined.mixed and self._covers()
-
-    def _is_near(self, result: ImportanceResult) -> bool:
-        return result.efficiency >= LEAST_EFFICIENCY
 
     def _covers(self) -> bool:
         """Whether the guide's density is that of the modes that are known; fills in `missed`."""
