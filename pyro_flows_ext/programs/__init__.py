@@ -1,6 +1,7 @@
 """Pyro programs as functions: traces, latents, particles, and the log joint."""
 
 from .arguments import check_finite_log_joint, describe_nonfinite, nonfinite_arguments
+from .evaluation import completed_latents, value_and_gradient
 from .following import Following, needs_run
 from .latents import (
     JacobianDelta,
@@ -13,10 +14,11 @@ from .latents import (
     to_support,
     unconstrain,
 )
-from .log_joint import ERRORS, LogJoint, completed_latents, value_and_gradient
+from .log_joint import LogJoint
 from .masks import is_maskable, is_masked
 from .match import check_density, check_latents, check_shapes, traces_of
 from .particles import Particles, draw_particles
+from .raising import ERRORS
 from .supports import (
     CIRCULAR,
     SPHERICAL,

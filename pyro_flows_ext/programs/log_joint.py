@@ -6,29 +6,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .enumeration import enumerate_in_parallel, marginal_log_prob
+from .evaluation import Substitute, Total, Values, completed_latents, leaf, value_and_gradient
 from .latents import (
     Latent,
     is_constant,
     read_latent,
     split,
-    to_support,
     unconstrain,
 )
-from .masks import completing_log_prob, is_masked, masked_entries
-from .supports import bijection, support_of, true_support
+from .masks import completing_log_prob
+from .match import check_marginalised
+from .raising import ERRORS, first_line, guarded
+from .supports import bijection, support_of
 from .traces import (
     Program,
-    Site,
     evaluation_mode,
     is_latent,
     nesting_of,
@@ -38,13 +36,6 @@ from .traces import (
 
 # Particles at which the batched evaluation is compared with single runs, and their distance from the first value.
 NUM_CHECKED, CHECK_SPREAD = 3, 0.1
-# Errors of a batched run that mean "not in this way"; also those of a model at a value that it does not accept.
-ERRORS = (RuntimeError, ValueError, IndexError, NotImplementedError, ArithmeticError)
-
-# A batch in which more than this share raises is an error of the model; smaller batches are single trials of an optimiser.
-MAX_RAISED, LEAST_BATCH = 0.5, 8
-
-Values = Mapping[str, Tensor]
 
 
 class LogJoint:
@@ -124,7 +115,8 @@ class LogJoint:
             raise ValueError(f"u: expected shape (*, {self.dim}), got {tuple(u.shape)}")
         rows = u.reshape(-1, u.shape[-1])
         fixed = self._draw_subsamples()
-        value = self._guarded(lambda part: self._evaluate(part, fixed), rows)
+        value, num_raised = guarded(lambda part: self._evaluate(part, fixed), rows)
+        self.num_raised += num_raised
         return value.reshape(u.shape[:-1])
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +158,8 @@ class LogJoint:
             found.append((rows[:, 0], sites))
             return total
 
-        log_joint = self._guarded(evaluate, torch.arange(num).unsqueeze(-1))
+        log_joint, num_raised = guarded(evaluate, torch.arange(num).unsqueeze(-1))
+        self.num_raised += num_raised
         if len(found) == 1 and len(found[0][0]) == num:
             return log_joint, found[0][1]
         likelihood = {
@@ -205,7 +198,7 @@ class LogJoint:
     def _prototype(self, latents: Sequence[Latent] | None) -> Trace:
         model = self.model
         if latents is not None:
-            model = _Substitute({x.name: x.inside for x in latents})(model)
+            model = Substitute({x.name: x.inside for x in latents})(model)
         return poutine.trace(model).get_trace(*self.args, **self.kwargs)
 
     def _check_sites(self, trace: Trace) -> None:
@@ -253,7 +246,7 @@ class LogJoint:
                 try:
                     many = evaluate(parts)
                 except ERRORS as error:
-                    reasons.append(f"{method}: {type(error).__name__}: {_first_line(error)}")
+                    reasons.append(f"{method}: {type(error).__name__}: {first_line(error)}")
                     continue
                 if torch.allclose(many, single, rtol=1e-4, atol=1e-3, equal_nan=True):
                     return
@@ -343,7 +336,7 @@ class LogJoint:
         proper: frozenset[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One run of the model: of one particle, or of `num` with the batch dimension left of all plates."""
-        put = _Substitute(
+        put = Substitute(
             parts if constrained else {},
             {} if constrained else parts,
             {x.name: x for x in self.latents},
@@ -355,114 +348,15 @@ class LogJoint:
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
             terms = [completing_log_prob(trace.nodes[name]) for name in proper]
             value = sum((t.sum() for t in [*put.ladjs, *terms]), start=marginal_log_prob(trace))
-            self.parameters = [_leaf(s) for s in trace.nodes.values() if s["type"] == "param"]
+            self.parameters = [leaf(s) for s in trace.nodes.values() if s["type"] == "param"]
             return value, put.latents if collect is None else {}
-        total = _Total(num, self.nesting, proper, bool(collect))
+        total = Total(num, self.nesting, proper, bool(collect))
         with total, put:
             self.model(*self.args, **self.kwargs)
         self.parameters = total.parameters
         for ladj in put.ladjs:
             total.add(ladj)
         return total.value, put.latents if collect is None else total.sites
-
-    def _guarded(self, evaluate: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """`evaluate(rows)`, with -inf for rows that raise; raises where most rows of a batch do."""
-        try:
-            return evaluate(rows)
-        except ERRORS as error:
-            first = error
-        raised: list[int] = []
-        limit = MAX_RAISED * len(rows) if len(rows) >= LEAST_BATCH else len(rows)
-        values = self._bisect(evaluate, rows, 0, raised, limit)
-        if len(raised) > limit:
-            where = ", ".join(f"{v:.4g}" for v in rows[raised[0]].tolist()[:8])
-            raise ValueError(
-                f"the model raised {type(first).__name__} for more than half of {len(rows)} particles, first at the "
-                f"unconstrained latents [{where}]: {_first_line(first)}"
-            ) from first
-        self.num_raised += len(raised)
-        return values
-
-    def _bisect(
-        self,
-        evaluate: Callable[[Tensor], Tensor],
-        rows: Tensor,
-        start: int,
-        raised: list[int],
-        limit: float,
-    ) -> Tensor:
-        """The values of rows in halves, down to those that raise."""
-        if len(raised) <= limit:
-            try:
-                return evaluate(rows)
-            except ERRORS:
-                if len(rows) == 1:
-                    raised.append(start)
-        if len(rows) == 1 or len(raised) > limit:
-            dtype = rows.dtype if rows.is_floating_point() else torch.get_default_dtype()
-            return torch.full((len(rows),), -torch.inf, dtype=dtype, device=rows.device)
-        half = len(rows) // 2
-        left = self._bisect(evaluate, rows[:half], start, raised, limit)
-        return torch.cat([left, self._bisect(evaluate, rows[half:], start + half, raised, limit)])
-
-
-def value_and_gradient(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """A log density `(*)` at u `(*, D)` and its gradient `(*, D)`, detached; where one is not finite, -inf and 0."""
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        value = log_density(u)
-        if not value.requires_grad:  # every particle raised
-            return value.detach(), torch.zeros_like(u)
-        (gradient,) = torch.autograd.grad(value.sum(), u)
-    finite = value.isfinite() & gradient.isfinite().all(-1)
-    return (
-        torch.where(finite, value.detach(), -torch.inf),
-        torch.where(finite.unsqueeze(-1), gradient, 0.0),
-    )
-
-
-def completed_latents(
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    latents: Sequence[Latent],
-    trace: Trace,
-) -> frozenset[str]:
-    """The latents masked in a trace whose masked entries nothing else depends on: those can have the density of their prior."""
-    masked = [x.name for x in latents if is_masked(trace.nodes[x.name])]
-    if not masked:
-        return frozenset()
-    points = {x.name: x.inside.detach().clone().requires_grad_() for x in latents}
-    with torch.enable_grad(), poutine.block(), nonfinite_ignored():
-        replayed = poutine.trace(_Substitute(points)(model)).get_trace(*args, **kwargs)
-        total = torch.as_tensor(replayed.log_prob_sum())
-        if not total.requires_grad:
-            return frozenset(masked)
-        grads = torch.autograd.grad(
-            total, list(points.values()), allow_unused=True, materialize_grads=True
-        )
-    gradients = dict(zip(points, grads, strict=True))
-    return frozenset(
-        name
-        for name in masked
-        if not bool((gradients[name] * masked_entries(replayed.nodes[name])).any())
-    )
-
-
-def check_marginalised(name: str, site: Site) -> None:
-    """Raises `ValueError` for a latent outside of the guide that is not enumerated."""
-    if site["infer"].get("enumerate") and site["fn"].has_enumerate_support:
-        return
-    fn = type(site["fn"]).__name__
-    if site["fn"].has_enumerate_support:
-        raise ValueError(
-            f"latent {name!r} of the model ({fn}) is not in the guide: expected a draw of the guide for every latent, or "
-            "enumeration; decorate the model with pyro.infer.config_enumerate to sum it out exactly"
-        )
-    raise ValueError(
-        f"latent {name!r} of the model ({fn}) is not in the guide: expected a draw of the guide for every latent. If "
-        f"{name!r} is data, pass the same data as to the guide; if not, add it to the guide or condition the model on it"
-    )
 
 
 def _continuous(trace: Trace) -> list[Latent]:
@@ -472,109 +366,3 @@ def _continuous(trace: Trace) -> list[Latent]:
             support_of(name, site["fn"])
             found.append(read_latent(name, site))
     return found
-
-
-def _leaf(site: Site) -> Tensor:
-    """The trained tensor behind a parameter site."""
-    unconstrained = getattr(site["value"], "unconstrained", None)
-    leaf = None if unconstrained is None else unconstrained()
-    return site["value"] if leaf is None else leaf
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-class _Substitute(Messenger):
-    """Puts latents at given values, constrained or not, and plates at given subsamples."""
-
-    def __init__(
-        self,
-        values: Values,
-        unconstrained: Values | None = None,
-        latents: Mapping[str, Latent] | None = None,
-        *,
-        fixed: Values | None = None,
-        batch_dim: int | None = None,
-    ):
-        super().__init__()
-        self.values, self.unconstrained = values, unconstrained or {}
-        self.names, self.fixed, self.batch_dim = latents or {}, fixed or {}, batch_dim
-        self.ladjs: list[Tensor] = []
-        self.latents: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name in self.fixed and site_is_subsample(msg):
-            msg["value"] = self.fixed[name]
-        elif msg["is_observed"] or msg["done"]:
-            return
-        elif name in self.values:
-            value = self.values[name]
-            if self.batch_dim is not None:
-                value = self._beside_plates(name, value)
-            msg["value"], msg["done"] = value, True
-        elif name in self.unconstrained:
-            part, latent = self.unconstrained[name], self.names[name]
-            if self.batch_dim is not None:
-                part = self._beside_plates(name, part)
-            value, ladj = to_support(part, true_support(name, msg["fn"]), latent.event_dim)
-            self.ladjs.append(ladj)
-            shape = latent.shape if self.batch_dim is None else (len(part), *latent.shape)
-            self.latents[name] = value.reshape(shape)
-            msg["value"], msg["done"] = value, True
-
-    def _beside_plates(self, name: str, value: Tensor) -> Tensor:
-        """A batch of values with its first dimension at `batch_dim` of the site's batch shape."""
-        latent = self.names[name]
-        gap = -1 - self.batch_dim - (len(latent.shape) - latent.event_dim)  # type: ignore[operator]
-        if gap < 0:
-            raise ValueError(
-                f"latent {name!r} has more batch dimensions than there are plates around it"
-            )
-        return value.reshape(len(value), *[1] * gap, *value.shape[1:])
-
-
-class _Total(Messenger):
-    """Adds up the log densities of all sites, scaled and masked: a scalar, or one value for each of `num` particles."""
-
-    def __init__(self, num: int | None, nesting: int, completed: frozenset[str], collect: bool):
-        super().__init__()
-        self.num, self.nesting, self.completed, self.collect = num, nesting, completed, collect
-        self.terms: list[Tensor] = []
-        self.sites: dict[str, Tensor] = {}
-        self.parameters: list[Tensor] = []
-
-    @property
-    def value(self) -> Tensor:
-        total = self.terms[0]
-        for term in self.terms[1:]:
-            total = total + term
-        return total
-
-    def add(self, log_prob: Tensor) -> None:
-        if self.num is None or log_prob.dim() <= self.nesting:
-            self.terms.append(log_prob.sum())
-        elif log_prob.dim() > self.nesting + 1:
-            raise ValueError(
-                f"a log density has {log_prob.dim()} batch dimensions for particles within {self.nesting} plates; declare "
-                "every batch dimension by pyro.plate"
-            )
-        else:
-            self.terms.append(log_prob.flatten(1).sum(-1) if log_prob.dim() > 1 else log_prob)
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
-            return
-        log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        self.add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
-        if msg["name"] in self.completed:
-            self.add(completing_log_prob(msg))
-        if self.collect and msg["is_observed"] and not isinstance(msg["fn"], dist.Unit):
-            likelihood = scale_and_mask(log_prob, 1.0, msg["mask"])
-            if self.num is not None and likelihood.dim() <= self.nesting:
-                likelihood = likelihood.expand(self.num, *likelihood.shape)
-            self.sites[msg["name"]] = likelihood
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self.parameters.append(_leaf(msg))

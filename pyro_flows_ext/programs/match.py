@@ -14,7 +14,6 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 
 from .latents import read_latent
-from .log_joint import check_marginalised
 from .traces import Program, Site, is_delta, is_latent, latent_sites, nesting_of, sample_sites
 
 
@@ -28,6 +27,22 @@ def traces_of(
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return model_trace, guide_trace
+
+
+def check_marginalised(name: str, site: Site) -> None:
+    """Raises `ValueError` for a latent outside of the guide that is not enumerated."""
+    if site["infer"].get("enumerate") and site["fn"].has_enumerate_support:
+        return
+    fn = type(site["fn"]).__name__
+    if site["fn"].has_enumerate_support:
+        raise ValueError(
+            f"latent {name!r} of the model ({fn}) is not in the guide: expected a draw of the guide for every latent, or "
+            "enumeration; decorate the model with pyro.infer.config_enumerate to sum it out exactly"
+        )
+    raise ValueError(
+        f"latent {name!r} of the model ({fn}) is not in the guide: expected a draw of the guide for every latent. If "
+        f"{name!r} is data, pass the same data as to the guide; if not, add it to the guide or condition the model on it"
+    )
 
 
 def check_latents(model_trace: Trace, guide_trace: Trace) -> None:

@@ -11,8 +11,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .log_joint import ERRORS
 from .match import traces_of
+from .raising import ERRORS
 from .traces import (
     Program,
     evaluation_mode,

@@ -23,6 +23,8 @@ CHAIN_ESS = 1000.0
 # Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
 # some: a hundred steps cost less than chains that do not mix.
 LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.1, 0.02
+# Below this effective share chains run twice as long.
+FAIR_EFFICIENCY = 0.2
 
 
 @dataclass
