@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..datasets import DATASETS
 from ..results.densities import DEQUANTIZE, FLOWS
 from ..results.guides import GUIDES
 from ..testing.targets import TARGETS
-from .rows import SOURCES
 
 EXAMPLES = """\
 examples:
@@ -75,7 +75,7 @@ examples:
 LISTS: dict[str, Mapping[str, Any]] = {
     "targets": TARGETS,
     "guides": GUIDES,
-    "data sets": SOURCES,
+    "data sets": DATASETS,
     "flows": FLOWS,
 }
 

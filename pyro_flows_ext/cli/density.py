@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..datasets import Rows, Split, load_rows, split_rows
 from ..diagnostics import plots_density
 from ..diagnostics.scores import Score, gaussian, score, standard_error
 from ..diagnostics.summary import print_table
@@ -21,7 +22,6 @@ from ..results import DensitySpec, density_to_bytes
 from ..results.densities import FLOWS
 from .failures import failing_with
 from .output import Output, json_bytes, png_bytes
-from .rows import Rows, Split, load_rows, split_rows
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,8 @@ def density_command(args: argparse.Namespace, output: Output) -> None:
     shuffled = torch.cat([split.test, split.validation, split.train]).flatten(1)
     output.add("samples.png", lambda: _samples_png(learned, shuffled))
     output.add("loss.png", lambda: png_bytes(plots_density.loss(learned.result)))
-    output.save(
-        {
-            "density.json": json_bytes(
-                {**report, "files": output.written, "not_written": output.failed}
-            )
-        }
-    )
+    written = {"files": output.written, "not_written": output.failed}
+    output.add("density.json", lambda: json_bytes({**report, **written}))
     if not args.quiet:
         print_learned(learned)
         print(f"wrote {', '.join(output.written)} to {args.output}")

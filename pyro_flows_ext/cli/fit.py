@@ -81,7 +81,7 @@ def fit_command(args: argparse.Namespace, output: Output) -> None:
     output.add("posterior.png", lambda: _posterior_png(fitted, exported.draws))
     if fitted.result is not None:
         output.add("loss.png", lambda: _loss_png(fitted))
-    output.save({"fit.json": json_bytes({**report, **_files(output)})})
+    output.add("fit.json", lambda: json_bytes({**report, **_files(output)}))
     if not args.quiet:
         print_fit(fitted, exported)
         _print_levels(data)

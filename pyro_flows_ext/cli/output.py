@@ -40,7 +40,8 @@ class Output:
         except Exception as error:  # exporters and their libraries raise all kinds
             self.failed[name] = one_line(error)
         else:
-            self.written.append(name)
+            if name not in self.written:
+                self.written.append(name)
 
     @property
     def complaint(self) -> str | None:
@@ -49,7 +50,7 @@ class Output:
             return None
         parts = []
         for name, reason in self.failed.items():
-            earlier = (self.directory / name).exists()
+            earlier = name not in self.written and (self.directory / name).exists()
             parts.append(f"{name} ({reason}{'; the one there is of an earlier run' if earlier else ''})")  # fmt: skip
         return f"could not write {', '.join(parts)}; wrote {', '.join(self.written) or 'nothing'}"
 

@@ -19,8 +19,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..datasets import load_data
 from ..testing.targets import TARGETS, Data, Target
-from .data import load_data
 from .failures import located
 
 

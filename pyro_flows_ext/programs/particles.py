@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .arguments import check_finite_log_joint
 from .latents import read_latent
 from .log_joint import LogJoint
 from .match import check_density, check_latents, subsampled_plates, traces_of
@@ -65,9 +66,11 @@ def draw_particles(
 
     Raises:
         ValueError: under a subsampled plate, for a latent of the model that the guide does not draw and enumeration
-            does not sum out, for one that the model observes, and for a guide with points in place of draws.
+            does not sum out, for one that the model observes, for a guide with points in place of draws, and for NaN
+            or infinite arguments that the model does not mask.
     """
     kwargs = kwargs or {}
+    check_finite_log_joint(model, args, kwargs)
     single = traces_of(model, guide, args, kwargs)
     for name, (size, full_size) in subsampled_plates(single[0]).items():
         raise ValueError(

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..datasets import scikit_learn_datasets
 from ..distributions.energies import u1
 
 Data = dict[str, Tensor]
@@ -81,17 +82,6 @@ def funnel() -> None:
 
 
 # --- data ---
-
-
-def scikit_learn_datasets() -> Any:
-    """`sklearn.datasets`. Raises `ValueError` where it is not installed."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ValueError(
-            "this target's data come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
-    return datasets
 
 
 def _schools_data() -> Data:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyro_flows_ext.cli.density as density_cli
-from pyro_flows_ext.cli.rows import SOURCES, load_rows, split_rows
+from pyro_flows_ext.datasets import DATASETS, load_rows, split_rows
 from pyro_flows_ext.distributions import TOYS
 from pyro_flows_ext.results import load
 from pyro_flows_ext.results.densities import FLOWS
@@ -232,13 +232,14 @@ BAD_INPUT = {
     "no such flow": (["moons", "--flow", "magic"], "invalid choice: 'magic'"),
     "few rows": (["few.csv"], "few.csv: expected at least 20 rows .*, got 5"),
     "no header": (["bare.csv"], "names of the columns in the first row, got numbers"),
+    "strings": (["words.csv"], "got strings in name: take the columns height,weight"),
     "no column": (["data.csv", "--columns", "height,age"], "no column 'age': expected some of height"),
     "nan": (["nan.csv"], "weight: 1 of 40 values is NaN, the first in row 3 "),
     "constant": (["constant.csv"], "1 of 2 columns are constant .*: weight; leave them out"),
-    "no key": (["two.npz"], "expected --key, one of a, b"),
-    "wrong key": (["two.npz", "--key", "c"], "no 'c': expected --key, one of a, b"),
-    "key of a csv": (["data.csv", "--key", "a"], "--columns with a .csv and --key with an .npz"),
-    "key of a set": (["moons", "--key", "a"], "--key and --columns with a file only"),
+    "no key": (["two.npz"], "expected a key, one of a, b"),
+    "wrong key": (["two.npz", "--key", "c"], "no 'c': expected a key, one of a, b"),
+    "key of a csv": (["data.csv", "--key", "a"], "columns with a .csv and key with an .npz"),
+    "key of a set": (["moons", "--key", "a"], "key and columns with a file only"),
     "a number": (["scalar.npz"], r"expected rows \(N, D\) or images .*, got \(\)"),
     "images by rows": (["moons", "--flow", "glow"], "'glow' is of images .*, and a row here is of shape"),
     "one layer": (["moons", "--flow", "nested-qr", "--num-layers", 2], "'nested-qr' has one layer"),
@@ -255,6 +256,7 @@ def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
     values = rows_of(40)
     write_csv(Path("data.csv"), values)
     write_csv(Path("few.csv"), values[:5])
+    Path("words.csv").write_text("height,name,weight\n" + 30 * "1,a,2\n")
     write_csv(Path("bare.csv"), values, "1.5,2")
     write_csv(Path("constant.csv"), torch.stack([values[:, 0], torch.ones(40)], -1))
     write_csv(Path("nan.csv"), torch.where(torch.arange(80).reshape(40, 2) == 7, math.nan, values))
@@ -302,5 +304,5 @@ def test_list(argv: list[str], run: Run) -> None:
     done = run(*argv)
     assert done.code == 0
     names = [line.split()[0] for line in done.out.splitlines() if line.startswith("  ")]
-    assert set(SOURCES) | set(FLOWS) <= set(names)
+    assert set(DATASETS) | set(FLOWS) <= set(names)
     assert ("sylvester" in names and "eight-schools" in names) == (len(argv) == 1)

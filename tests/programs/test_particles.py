@@ -199,3 +199,10 @@ def test_masked_data_and_deterministic_sites_have_no_likelihood():
     particles = draw_particles(masked, guide, (Y,), num_samples=2)
     assert set(particles.log_likelihood) == {"y"}
     assert ((particles.log_likelihood["y"] != 0) == torch.tensor([True, False, True])).all()
+
+
+def test_nan_arguments_are_named_before_the_guide_is_called():
+    guide = AutoNormal(nested)
+    with pytest.raises(ValueError, match=r"^y: 1 of 6 values is NaN, the first in row 2 "):
+        draw_particles(nested, guide, (torch.where(Y == 0.1, torch.nan, Y),), num_samples=3)
+    assert guide.prototype_trace is None

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from pyro_flows_ext.cli.rows import SOURCES, load_rows, split_rows
+from pyro_flows_ext.datasets import DATASETS, load_rows, split_rows
 from pyro_flows_ext.distributions import TOYS
 
 NEEDS_SKLEARN = {"swiss-roll", "iris", "wine", "diabetes", "breast-cancer", "digits"}
 
 
-@pytest.mark.parametrize("name", list(SOURCES))
+@pytest.mark.parametrize("name", list(DATASETS))
 def test_sets_by_name(name: str) -> None:
     if name in NEEDS_SKLEARN:
         pytest.importorskip("sklearn")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..distributions import TOYS
 from ..programs import describe_nonfinite
-from ..testing.targets import scikit_learn_datasets
-from .data import load_data
+from .files import load_data
+from .scikit import scikit_learn_datasets
 
 # A standard error takes two rows of validation and of test data, which are a tenth each.
 MIN_ROWS = 20
@@ -46,7 +46,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class NamedRows:
     """A set by name: `load(num_rows, seed)`, where only what is drawn looks at the two."""
 
     load: Callable[[int, int], Rows]
@@ -61,26 +61,26 @@ def load_rows(
     key: str | None = None,
     columns: str | None = None,
 ) -> Rows:
-    """The rows that `spec` names: a set in `SOURCES`, or a .csv or .npz file.
+    """The rows that `spec` names: a set in `DATASETS`, or a .csv or .npz file.
 
     `key`: the array of an .npz with several, of shape `(N)`, `(N, D)`, or `(N, H, W)` and `(N, C, H, W)` for images;
     `columns`: those of a .csv to take, with commas between. Raises `ValueError` for what is not there, for what are no
     numbers, and for too few rows.
     """
     name = spec.replace("_", "-")
-    if name in SOURCES:
+    if name in DATASETS:
         if key is not None or columns is not None:
-            raise ValueError(f"{spec}: expected --key and --columns with a file only")
-        rows = SOURCES[name].load(num_rows, seed)
+            raise ValueError(f"{spec}: expected key and columns with a file only")
+        rows = DATASETS[name].load(num_rows, seed)
     elif spec.lower().endswith(".csv") and key is None:
         rows = _from_csv(spec, columns)
     elif spec.lower().endswith(".npz") and columns is None:
         rows = _from_npz(spec, key)
     elif spec.lower().endswith((".csv", ".npz")):
-        raise ValueError(f"{spec}: expected --columns with a .csv and --key with an .npz")
+        raise ValueError(f"{spec}: expected columns with a .csv and key with an .npz")
     else:
         raise ValueError(
-            f"no data {spec!r}: expected one of {', '.join(SOURCES)}, or a file that ends in .csv or .npz"
+            f"no data {spec!r}: expected one of {', '.join(DATASETS)}, or a file that ends in .csv or .npz"
         )
     if len(rows.values) < MIN_ROWS:
         raise ValueError(
@@ -116,7 +116,7 @@ def _from_csv(path: str, columns: str | None) -> Rows:
     if strings:
         numbers = ",".join(name for name in names if name not in strings) or "..."
         raise ValueError(
-            f"data {path!r}: expected columns of numbers, got strings in {', '.join(strings)}: add --columns {numbers}"
+            f"data {path!r}: expected columns of numbers, got strings in {', '.join(strings)}: take the columns {numbers}"
         )
     values = torch.stack([arrays[name].to(torch.get_default_dtype()) for name in names], -1)
     _check_finite(path, {name: arrays[name] for name in names})
@@ -126,10 +126,10 @@ def _from_csv(path: str, columns: str | None) -> Rows:
 def _from_npz(path: str, key: str | None) -> Rows:
     arrays = load_data(path)
     if key is None and len(arrays) != 1:
-        raise ValueError(f"data {path!r}: expected --key, one of {', '.join(arrays)}")
+        raise ValueError(f"data {path!r}: expected a key, one of {', '.join(arrays)}")
     key = next(iter(arrays)) if key is None else key
     if key not in arrays:
-        raise ValueError(f"data {path!r}: no {key!r}: expected --key, one of {', '.join(arrays)}")
+        raise ValueError(f"data {path!r}: no {key!r}: expected a key, one of {', '.join(arrays)}")
     values = arrays[key].to(torch.get_default_dtype())
     _check_finite(path, {key: values})
     if values.dim() not in (1, 2, 3, 4):
@@ -189,19 +189,19 @@ def _swiss_roll(num_rows: int, seed: int) -> Rows:
     return Rows("swiss-roll", values, ("x[0]", "x[1]", "x[2]"))
 
 
-SOURCES = {
+DATASETS = {
     **{
-        name: Source(partial(_toy, name), f"{toy.description}, on the plane")
+        name: NamedRows(partial(_toy, name), f"{toy.description}, on the plane")
         for name, toy in TOYS.items()
     },
-    "swiss-roll": Source(_swiss_roll, "a rolled plane in 3 dimensions (scikit-learn)"),
-    "iris": Source(partial(_packaged, "iris"), "150 rows of 4 columns (scikit-learn)"),
-    "wine": Source(partial(_packaged, "wine"), "178 rows of 13 columns (scikit-learn)"),
-    "diabetes": Source(partial(_packaged, "diabetes"), "442 rows of 10 columns (scikit-learn)"),
-    "breast-cancer": Source(
+    "swiss-roll": NamedRows(_swiss_roll, "a rolled plane in 3 dimensions (scikit-learn)"),
+    "iris": NamedRows(partial(_packaged, "iris"), "150 rows of 4 columns (scikit-learn)"),
+    "wine": NamedRows(partial(_packaged, "wine"), "178 rows of 13 columns (scikit-learn)"),
+    "diabetes": NamedRows(partial(_packaged, "diabetes"), "442 rows of 10 columns (scikit-learn)"),
+    "breast-cancer": NamedRows(
         partial(_packaged, "breast-cancer"), "569 rows of 30 columns (scikit-learn)"
     ),
-    "digits": Source(
+    "digits": NamedRows(
         _digits, "1,797 images of 8 x 8 whole numbers, dequantized by default (scikit-learn)"
     ),
 }
