@@ -160,7 +160,13 @@ class AutoAmortizedFlow(PortableGuide):
         shapes = argument_shapes(args, kwargs)
         if shapes not in self._given:
             with torch.no_grad():
-                latents = read_latents(self._run_model(args, kwargs), known.name)[1]
+                trace = self._run_model(args, kwargs)
+                names = {latent.name for latent in self._latents}
+                for name in {*trace.nodes} - names:
+                    trace.remove_node(
+                        name
+                    )  # data that these arguments leave out, as Predictive's do
+                latents = read_latents(trace, known.name)[1]
             check_same(self._latents, latents)
             self._given[shapes] = self._is_given(known.name, args, kwargs)
         return self._ask_model(known.name, args, kwargs)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -51,6 +51,7 @@ from ..transforms import (
 from ..transforms.affine import check_whitening
 from ._forecast import training_arguments
 from ._module import PortableGuide
+from ._plates import PlateReader, check_plates
 from ._prototype import argument_shapes, extent, same_objects, slim
 from .initialization import init_to_median
 
@@ -159,6 +160,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._program = (model,)
         # The latents that take supports or masks from each run; of masked ones, those with the density of their prior where
         # they are masked, and those whose flat prior the likelihood makes proper.
+        self._chosen_plates: frozenset[str] = frozenset()
         self._needed: tuple[str, ...] = ()
         self._maskable: frozenset[str] = frozenset()
         self._completed: frozenset[str] = frozenset()
@@ -199,18 +201,21 @@ class AutoFlow(PortableGuide, AutoContinuous):
 
     def _learn_latents(self, *args: Any, **kwargs: Any) -> None:
         """The prototype trace, and the shapes and plates of its latents."""
-        AutoGuide._setup_prototype(self, *args, **kwargs)
-        self._unconstrained_shapes, self._cond_indep_stacks = {}, {}
-        for name, site in self._sites():
-            for frame in site["cond_indep_stack"]:
-                if frame.full_size is not None and frame.full_size != frame.size:
-                    raise ValueError(
-                        f"latent {name!r} is local to plate {frame.name!r}, which subsamples {frame.size} of "
-                        f"{frame.full_size}: one flow over all latents would reuse the same {frame.size} values for "
-                        "every mini-batch. Use AutoAmortizedFlow, which reads the latents of a datum off the datum, or the full data"
-                    )
-            self._cond_indep_stacks[name] = site["cond_indep_stack"]
-        sites, trace = self._sites(), cast(Trace, self.prototype_trace)
+        trace, plates = self._run_model(args, kwargs)
+        self.prototype_trace = trace
+        if self.master is not None:
+            self.master()._check_prototype(trace)
+        check_plates(trace, plates)
+        self._chosen_plates = frozenset(plates.chosen)
+        sites = self._sites()
+        stacks = {name: site["cond_indep_stack"] for name, site in sites}
+        self._cond_indep_stacks, self._unconstrained_shapes = stacks, {}
+        self._prototype_frames = {f.name: f for stack in stacks.values() for f in stack}
+        for frame in self._prototype_frames.values():
+            if not frame.vectorized:
+                raise ValueError(
+                    f"plate {frame.name!r} is a sequential one with latents in it: expected `with pyro.plate(...)`"
+                )
         self.prototype_trace = slim(sites)
         if not sites:
             raise ValueError(
@@ -415,20 +420,29 @@ class AutoFlow(PortableGuide, AutoContinuous):
         args, kwargs = training_arguments(self._program[0], args, kwargs)
         shapes = argument_shapes(args, kwargs)
         is_new = shapes not in self._known_shapes and bool(args or kwargs)
-        if self._needed and not same_objects(self._arguments, (args, kwargs)):
+        if (self._needed or self._chosen_plates) and not same_objects(
+            self._arguments, (args, kwargs)
+        ):
             self._arguments = (args, kwargs)
-            is_new = is_new or not self._maskable <= {*self._completed, *self._flat}
+            judged = self._completed | self._flat
+            is_new = is_new or bool(self._chosen_plates) or not self._maskable <= judged
         if is_new:
             self._read_run(args, kwargs)
             self._known_shapes.add(shapes)
 
+    def _run_model(self, args: Any, kwargs: Any) -> tuple[Trace, PlateReader]:
+        """The latents of a run of the model, and its plates."""
+        plates = PlateReader()
+        with poutine.block():
+            model = poutine.block(plates(self.model), self._prototype_hide_fn)
+            return poutine.trace(model).get_trace(*args, **kwargs), plates
+
     @torch.no_grad()
     def _read_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compares the latents of a new run of the model with those of the setup."""
-        with poutine.block():
-            trace = poutine.trace(poutine.block(self.model, self._prototype_hide_fn)).get_trace(
-                *args, **kwargs
-            )
+        trace, plates = self._run_model(args, kwargs)
+        check_plates(trace, plates)
+        self._chosen_plates = frozenset(plates.chosen)
         for name, site in self._sites():
             if name not in trace.nodes:
                 raise ValueError(
@@ -456,7 +470,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
             completed = completed_latents(self._program[0], args, kwargs, latents, trace)
             self._completed |= completed & masked
             self._flat |= masked - completed
-        if self._needed:
+        if self._needed or self._chosen_plates:
             self._arguments = (args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
