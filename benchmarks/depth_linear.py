@@ -12,7 +12,7 @@ import torch
 from depth_training import COLORS
 from torch import Tensor, nn
 
-from pyro_flows_ext.transforms import AffineCoupling, ComposeFlow, FlowTransform, LULinear, QRLinear
+from pyro_flows_ext.transforms import ComposeFlow, Coupling, FlowTransform, LULinear, QRLinear
 
 # Below this mean squared error a map counts as exact: the last steps converge quadratically, and end near 1e-31.
 EXACT = 1e-24
@@ -69,7 +69,7 @@ def fit(
     S, D = targets.shape[:2]
     A, scale = targets.repeat_interleave(restarts, 0), 0.5 / math.sqrt(D)
     parts: list[FlowTransform] = [
-        AffineCoupling(D, net=LinearConditioner(len(A), D // 2, scale), flip=k % 2 == 1)
+        Coupling(D, net=LinearConditioner(len(A), D // 2, scale), flip=k % 2 == 1)
         for k in range(num_couplings)
     ]
     parameters = [p for part in parts for p in part.parameters()]

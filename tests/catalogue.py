@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from catalogue_images import IMAGES
-from entries import CONTEXT_DIM, Entry, conditional
+from entries import CONTEXT_DIM, Entry
 from torch import nn
 
 import pyro_flows_ext.transforms as T
@@ -25,7 +25,7 @@ def _compose(dim: int) -> T.ComposeFlow:
 
 
 def _permuted_lu(dim: int) -> T.LULinear:
-    transform = T.lu_linear(dim, permute=True)
+    transform = T.LULinear(dim, permute=True)
     transform.permutation.copy_(torch.arange(dim).roll(1))  # not its own inverse, for dim > 2
     return transform
 
@@ -50,16 +50,28 @@ class _Well(nn.Module):
 
 
 _HIDDEN = (4,)
+_CONTEXT = {"context_dim": CONTEXT_DIM, "hidden_dims": _HIDDEN}
+
+
+class Wave(T.Transformer):
+    """x + a sin(x + b): a user's elementwise map, whose inverse is a root."""
+
+    num_params = 2
+
+    def forward(self, x, theta):
+        a, b = theta.unbind(-2)
+        a = 0.5 * a.tanh()
+        return x + a * (x + b).sin(), (a * (x + b).cos()).log1p()
 
 
 def _estimated_residual(dim: int) -> T.ResidualFlow:
     """In training mode, with noise that makes the estimate exact: one probe a coordinate, and all terms that count."""
-    transform = T.residual_flow(dim, _HIDDEN, lipschitz=0.2)
+    transform = T.ResidualFlow(dim, _HIDDEN, lipschitz=0.2)
     return transform.with_noise(T.LogDetNoise(dim**0.5 * torch.eye(dim).double(), (1.0,) * 12))
 
 
 def _presets() -> dict[str, Entry]:
-    """Two steps of every preset, plain and conditional."""
+    """Two steps of every preset, without and with a context."""
     entries = {}
     for name in ("nice", "realnvp", "glow_vector", "nsf", "maf", "iaf", "residual"):
         preset = getattr(T, name)
@@ -70,8 +82,8 @@ def _presets() -> dict[str, Entry]:
 
         # Condition numbers of layers multiply: what is .7 to one of them is less to a stack.
         entries[f"preset-{name}"] = Entry(make, [name], scale=0.3)
-        entries[f"preset-{name}-conditional"] = conditional(
-            partial(make, context_dim=CONTEXT_DIM), name, scale=0.3
+        entries[f"preset-{name}-context"] = Entry(
+            partial(make, context_dim=CONTEXT_DIM), [name], scale=0.3
         )
     return entries
 
@@ -94,207 +106,165 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "sylvester-low-rank": Entry(lambda D: T.sylvester(D, rank=D - 1), ["OrthogonalSylvester"]),
     "sylvester-1d": Entry(T.sylvester, ["OrthogonalSylvester"], dim=1),
-    "elementwise-affine": Entry(T.elementwise_affine, ["elementwise_affine", "ElementwiseAffine"]),
-    "sinh-arcsinh": Entry(T.sinh_arcsinh, ["sinh_arcsinh", "SinhArcsinh"]),
+    "elementwise-affine": Entry(T.ElementwiseAffine, ["ElementwiseAffine"]),
+    "sinh-arcsinh": Entry(T.SinhArcsinh, ["SinhArcsinh"]),
     "whitening": Entry(_whitening, ["Whitening"]),
     "compose": Entry(_compose, ["ComposeFlow"]),
     # --- the inverse orientation ---
     "planar-inverse": Entry(lambda D: T.planar(D).inv, ["InverseFlow"]),
     "sylvester-inverse": Entry(lambda D: T.sylvester(D).inv, ["InverseFlow"]),
     "compose-inverse": Entry(lambda D: _compose(D).inv, ["InverseFlow"]),
-    # --- conditional ---
-    "conditional-planar": conditional(
+    # --- with a context, by a hyper-network ---
+    "context-planar": Entry(
         lambda D: T.conditional_planar(D, CONTEXT_DIM, _HIDDEN, num_layers=2),
-        "conditional_planar",
-        "ConditionalPlanar",
+        ["conditional_planar", "Planar"],
     ),
-    "conditional-planar-inverse": conditional(
-        lambda D: T.conditional_planar(D, CONTEXT_DIM, _HIDDEN).inv, "ConditionalPlanar"
-    ),
-    "conditional-radial": conditional(
+    "context-planar-inverse": Entry(lambda D: T.Planar(D, **_CONTEXT).inv, ["InverseFlow"]),
+    "context-radial": Entry(
         lambda D: T.conditional_radial(D, CONTEXT_DIM, _HIDDEN, num_layers=2),
-        "conditional_radial",
-        "ConditionalRadial",
+        ["conditional_radial", "Radial"],
     ),
-    "conditional-sylvester-orthogonal": conditional(
-        lambda D: T.conditional_sylvester(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_sylvester",
-        "ConditionalOrthogonalSylvester",
+    "context-sylvester-orthogonal": Entry(
+        lambda D: T.sylvester(D, **_CONTEXT), ["OrthogonalSylvester"]
     ),
-    "conditional-sylvester-householder": conditional(
-        lambda D: T.conditional_sylvester(D, CONTEXT_DIM, _HIDDEN, kind="householder"),
-        "ConditionalHouseholderSylvester",
+    "context-sylvester-householder": Entry(
+        lambda D: T.HouseholderSylvester(D, **_CONTEXT), ["HouseholderSylvester"]
     ),
-    "conditional-sylvester-triangular": conditional(
-        lambda D: T.conditional_sylvester(D, CONTEXT_DIM, _HIDDEN, kind="triangular"),
-        "ConditionalTriangularSylvester",
+    "context-sylvester-triangular": Entry(
+        lambda D: T.sylvester(D, kind="triangular", **_CONTEXT), ["TriangularSylvester"]
     ),
-    "conditional-sylvester-low-rank": conditional(
-        lambda D: T.ConditionalOrthogonalSylvester(D, CONTEXT_DIM, _HIDDEN, rank=D - 1),
-        "ConditionalOrthogonalSylvester",
+    "context-sylvester-low-rank": Entry(
+        lambda D: T.OrthogonalSylvester(D, rank=D - 1, **_CONTEXT), ["Sylvester"]
     ),
-    "conditional-sinh-arcsinh": conditional(
-        lambda D: T.conditional_sinh_arcsinh(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_sinh_arcsinh",
-        "ConditionalSinhArcsinh",
+    "context-sinh-arcsinh": Entry(lambda D: T.SinhArcsinh(D, **_CONTEXT), ["SinhArcsinh"]),
+    "context-elementwise-affine": Entry(
+        lambda D: T.ElementwiseAffine(D, **_CONTEXT), ["ElementwiseAffine"]
     ),
-    "conditional-flow": conditional(
-        lambda D: T.ConditionalFlow(T.ElementwiseAffine(D), CONTEXT_DIM, _HIDDEN),
-        "ConditionalFlow",
+    "context-lu-linear": Entry(lambda D: T.LULinear(D, permute=True, **_CONTEXT), ["LULinear"]),
+    "context-qr-linear": Entry(lambda D: T.QRLinear(D, **_CONTEXT), ["QRLinear"]),
+    "context-householder-linear": Entry(
+        lambda D: T.HouseholderLinear(D, **_CONTEXT), ["HouseholderLinear"]
     ),
     # --- linear and normalisation layers ---
-    "lu-linear": Entry(T.lu_linear, ["lu_linear", "LULinear"]),
+    "lu-linear": Entry(T.LULinear, ["LULinear"]),
     "lu-linear-permuted": Entry(_permuted_lu, ["LULinear"]),
-    "lu-linear-1d": Entry(lambda D: T.lu_linear(D, bias=False), ["LULinear"], dim=1),
-    "qr-linear": Entry(T.qr_linear, ["qr_linear", "QRLinear"]),
+    "lu-linear-1d": Entry(lambda D: T.LULinear(D, bias=False), ["LULinear"], dim=1),
+    "qr-linear": Entry(T.QRLinear, ["QRLinear"]),
     "qr-linear-odd": Entry(
-        lambda D: T.qr_linear(D, num_reflections=3, bias=False), ["QRLinear"], dim=4
+        lambda D: T.QRLinear(D, num_reflections=3, bias=False), ["QRLinear"], dim=4
     ),
-    "householder-linear": Entry(T.householder_linear, ["householder_linear", "HouseholderLinear"]),
+    "householder-linear": Entry(T.HouseholderLinear, ["HouseholderLinear"]),
     "householder-linear-odd": Entry(
-        lambda D: T.householder_linear(D, num_reflections=1), ["HouseholderLinear"]
+        lambda D: T.HouseholderLinear(D, num_reflections=1), ["HouseholderLinear"]
     ),
     "permute": Entry(lambda D: T.Permute(torch.arange(D).roll(1)), ["Permute"]),
     "permute-reverse": Entry(T.permute, ["permute"]),
-    "actnorm": Entry(T.actnorm, ["actnorm", "ActNorm"]),
+    "actnorm": Entry(T.ActNorm, ["ActNorm"]),
     "actnorm-first-batch": Entry(
-        lambda D: T.actnorm(D, initialize_on_first_batch=True).eval(), ["ActNorm"]
+        lambda D: T.ActNorm(D, initialize_on_first_batch=True).eval(), ["ActNorm"]
     ),
     "batchnorm": Entry(_batchnorm, ["batchnorm", "BatchNorm"]),
     "batchnorm-inverse": Entry(lambda D: _batchnorm(D).inv.eval(), ["BatchNorm"]),
-    "conditional-elementwise-affine": conditional(
-        lambda D: T.conditional_elementwise_affine(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_elementwise_affine",
-        "ConditionalElementwiseAffine",
-    ),
-    "conditional-lu-linear": conditional(
-        lambda D: T.conditional_lu_linear(D, CONTEXT_DIM, _HIDDEN, permute=True),
-        "conditional_lu_linear",
-        "ConditionalLULinear",
-    ),
-    "conditional-qr-linear": conditional(
-        lambda D: T.conditional_qr_linear(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_qr_linear",
-        "ConditionalQRLinear",
-    ),
-    "conditional-householder-linear": conditional(
-        lambda D: T.conditional_householder_linear(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_householder_linear",
-        "ConditionalHouseholderLinear",
-    ),
     # --- autoregressive ---
     "affine-autoregressive": Entry(
         lambda D: T.affine_autoregressive(D, (5, 5)),
-        ["affine_autoregressive", "AffineAutoregressive", "Autoregressive"],
+        ["affine_autoregressive", "Autoregressive", "Affine"],
     ),
-    "affine-autoregressive-1d": Entry(T.affine_autoregressive, ["AffineAutoregressive"], dim=1),
+    "affine-autoregressive-1d": Entry(T.affine_autoregressive, ["Autoregressive"], dim=1),
     "affine-autoregressive-inverse": Entry(
-        lambda D: T.affine_autoregressive(D, order=list(range(D))[::-1]).inv,
-        ["AffineAutoregressive"],
+        lambda D: T.affine_autoregressive(D, order=list(range(D))[::-1]).inv, ["Autoregressive"]
+    ),
+    "additive-autoregressive": Entry(
+        lambda D: T.Autoregressive(D, (5, 5), transformer=T.Additive()), ["Additive"]
     ),
     "spline-autoregressive": Entry(
         lambda D: T.spline_autoregressive(D, (5, 5), num_bins=4),
-        ["spline_autoregressive", "SplineAutoregressive"],
+        ["spline_autoregressive", "RationalQuadratic"],
     ),
     "spline-autoregressive-inverse": Entry(
-        lambda D: T.spline_autoregressive(D, (6,), num_bins=3).inv, ["SplineAutoregressive"]
+        lambda D: T.spline_autoregressive(D, (6,), num_bins=3).inv, ["Autoregressive"]
     ),
-    "conditional-affine-autoregressive": conditional(
+    "wave-autoregressive": Entry(
+        lambda D: T.Autoregressive(D, (5, 5), transformer=Wave()), ["Transformer"]
+    ),
+    "context-affine-autoregressive": Entry(
         lambda D: T.conditional_affine_autoregressive(D, CONTEXT_DIM, (5, 5)),
-        "conditional_affine_autoregressive",
-        "ConditionalAffineAutoregressive",
+        ["conditional_affine_autoregressive"],
     ),
-    "conditional-affine-autoregressive-1d": conditional(
-        lambda D: T.conditional_affine_autoregressive(D, CONTEXT_DIM, _HIDDEN),
-        "ConditionalAffineAutoregressive",
-        dim=1,
+    "context-affine-autoregressive-1d": Entry(
+        lambda D: T.Autoregressive(D, **_CONTEXT), ["Autoregressive"], dim=1
     ),
-    "conditional-spline-autoregressive": conditional(
+    "context-spline-autoregressive": Entry(
         lambda D: T.conditional_spline_autoregressive(D, CONTEXT_DIM, _HIDDEN, num_bins=3),
-        "conditional_spline_autoregressive",
-        "ConditionalSplineAutoregressive",
+        ["conditional_spline_autoregressive"],
     ),
     # --- coupling ---
     "additive-coupling": Entry(
-        lambda D: T.additive_coupling(D, _HIDDEN),
-        ["additive_coupling", "AdditiveCoupling", "Coupling"],
+        lambda D: T.Coupling(D, _HIDDEN, transformer=T.Additive()), ["Coupling"]
     ),
-    "affine-coupling": Entry(
-        lambda D: T.affine_coupling(D, _HIDDEN), ["affine_coupling", "AffineCoupling"]
-    ),
-    "spline-coupling": Entry(
-        lambda D: T.spline_coupling(D, _HIDDEN), ["spline_coupling", "SplineCoupling"]
-    ),
+    "affine-coupling": Entry(lambda D: T.affine_coupling(D, _HIDDEN), ["affine_coupling"]),
+    "spline-coupling": Entry(lambda D: T.spline_coupling(D, _HIDDEN), ["spline_coupling"]),
     "spline-coupling-alternating": Entry(
-        lambda D: T.spline_coupling(D, _HIDDEN, mask="alternating", flip=True), ["SplineCoupling"]
+        lambda D: T.spline_coupling(D, _HIDDEN, mask="alternating", flip=True), ["Coupling"]
     ),
-    "conditional-additive-coupling": conditional(
-        lambda D: T.conditional_additive_coupling(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_additive_coupling",
-        "ConditionalAdditiveCoupling",
+    "wave-coupling": Entry(lambda D: T.Coupling(D, _HIDDEN, transformer=Wave()), ["Coupling"]),
+    "context-additive-coupling": Entry(
+        lambda D: T.Coupling(D, transformer=T.Additive(), **_CONTEXT), ["Coupling"]
     ),
-    "conditional-affine-coupling": conditional(
+    "context-affine-coupling": Entry(
         lambda D: T.conditional_affine_coupling(D, CONTEXT_DIM, _HIDDEN),
-        "conditional_affine_coupling",
-        "ConditionalAffineCoupling",
+        ["conditional_affine_coupling"],
     ),
-    "conditional-spline-coupling": conditional(
-        lambda D: T.conditional_spline_coupling(D, CONTEXT_DIM, _HIDDEN, mask="alternating"),
-        "conditional_spline_coupling",
-        "ConditionalSplineCoupling",
+    "context-spline-coupling": Entry(
+        lambda D: T.spline_coupling(D, mask="alternating", **_CONTEXT), ["Coupling"]
     ),
     # --- leapfrog steps on a position and its momentum, D / 2 numbers each ---
-    "leapfrog": Entry(
-        lambda D: T.leapfrog(_Well(D // 2), D // 2, 3), ["leapfrog", "Leapfrog"], dim=4
-    ),
+    "leapfrog": Entry(lambda D: T.Leapfrog(_Well(D // 2), D // 2, 3), ["Leapfrog"], dim=4),
     "leapfrog-tempered": Entry(
-        lambda D: T.leapfrog(_Well(D // 2), D // 2, 2, tempering="quadratic"), ["Leapfrog"], dim=4
+        lambda D: T.Leapfrog(_Well(D // 2), D // 2, 2, tempering="quadratic"), ["Leapfrog"], dim=4
     ),
     "leapfrog-tempered-free": Entry(
-        lambda D: T.leapfrog(_Well(D // 2), D // 2, 2, tempering="free"), ["Leapfrog"], dim=4
+        lambda D: T.Leapfrog(_Well(D // 2), D // 2, 2, tempering="free"), ["Leapfrog"], dim=4
     ),
     "leapfrog-inverse": Entry(
-        lambda D: T.leapfrog(_Well(D // 2), D // 2, 1).inv, ["Leapfrog"], dim=2
+        lambda D: T.Leapfrog(_Well(D // 2), D // 2, 1).inv, ["Leapfrog"], dim=2
     ),
-    "conditional-leapfrog": conditional(
-        lambda D: T.conditional_leapfrog(_Well(D // 2, CONTEXT_DIM), D // 2, CONTEXT_DIM, 2),
-        "conditional_leapfrog",
-        "ConditionalLeapfrog",
+    "context-leapfrog": Entry(
+        lambda D: T.Leapfrog(_Well(D // 2, CONTEXT_DIM), D // 2, 2, context_dim=CONTEXT_DIM),
+        ["Leapfrog"],
         dim=4,
     ),
     # --- residual ---
-    "residual": Entry(
-        lambda D: T.residual_flow(D, _HIDDEN).eval(), ["residual_flow", "ResidualFlow"]
-    ),
-    "residual-1d": Entry(lambda D: T.residual_flow(D).eval(), ["ResidualFlow"], dim=1),
-    "residual-inverse": Entry(lambda D: T.residual_flow(D, (5, 5)).eval().inv, ["ResidualFlow"]),
+    "residual": Entry(lambda D: T.ResidualFlow(D, _HIDDEN).eval(), ["ResidualFlow"]),
+    "residual-1d": Entry(lambda D: T.ResidualFlow(D).eval(), ["ResidualFlow"], dim=1),
+    "residual-inverse": Entry(lambda D: T.ResidualFlow(D, (5, 5)).eval().inv, ["ResidualFlow"]),
     "residual-estimated": Entry(_estimated_residual, ["ResidualFlow"]),
-    "conditional-residual": conditional(
-        lambda D: T.conditional_residual_flow(D, CONTEXT_DIM, _HIDDEN).eval(),
-        "conditional_residual_flow",
-        "ConditionalResidualFlow",
-    ),
+    "context-residual": Entry(lambda D: T.ResidualFlow(D, **_CONTEXT).eval(), ["ResidualFlow"]),
     # --- composed and indexed ---
-    "conditional-compose": conditional(
-        lambda D: T.ConditionalComposeFlow(
+    "context-compose": Entry(
+        lambda D: T.ComposeFlow(
             [
-                T.conditional_planar(D, CONTEXT_DIM, _HIDDEN),
-                T.elementwise_affine(D),
-                T.conditional_affine_coupling(D, CONTEXT_DIM, _HIDDEN).inv,
+                T.Planar(D, **_CONTEXT),
+                T.ElementwiseAffine(D),
+                T.affine_coupling(D, **_CONTEXT).inv,
             ]
         ),
-        "ConditionalComposeFlow",
+        ["ComposeFlow"],
     ),
-    "indexed-planar": conditional(
-        lambda D: T.indexed(T.planar(D), CONTEXT_DIM, _HIDDEN), "indexed", "IndexedTransform"
+    "indexed-planar": Entry(
+        lambda D: T.IndexedTransform(T.Planar(D), CONTEXT_DIM, _HIDDEN),
+        ["IndexedTransform"],
+        context_dim=CONTEXT_DIM,
     ),
-    "indexed-affine-coupling": conditional(
-        lambda D: T.indexed(T.affine_coupling(D, _HIDDEN), CONTEXT_DIM, _HIDDEN),
-        "IndexedTransform",
+    "indexed-affine-coupling": Entry(
+        lambda D: T.IndexedTransform(T.affine_coupling(D, _HIDDEN), CONTEXT_DIM, _HIDDEN),
+        ["IndexedTransform"],
+        context_dim=CONTEXT_DIM,
     ),
-    "indexed-spline-autoregressive": conditional(
-        lambda D: T.indexed(T.spline_autoregressive(D, (4,), num_bins=3), CONTEXT_DIM),
-        "IndexedTransform",
+    "indexed-spline-autoregressive": Entry(
+        lambda D: T.IndexedTransform(T.spline_autoregressive(D, (4,), num_bins=3), CONTEXT_DIM),
+        ["IndexedTransform"],
+        context_dim=CONTEXT_DIM,
     ),
     # --- presets ---
     **_presets(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from entries import CONTEXT_DIM, Entry, conditional
+from entries import CONTEXT_DIM, Entry
 from torch import nn
 
 import pyro_flows_ext.transforms as T
@@ -23,18 +23,14 @@ def image(
     return Entry(lambda _: make(), covers, event_shape=event_shape)
 
 
-def conditional_image(make: Callable[[], nn.Module], *covers: str) -> Entry:
-    return conditional(lambda _: make(), *covers, event_shape=SHAPE)
-
-
 def _permuted_conv() -> T.Invertible1x1Conv:
-    transform = T.invertible_1x1_conv(3, bias=True)
+    transform = T.Invertible1x1Conv(3, bias=True)
     transform.transform.permutation.copy_(torch.tensor([1, 2, 0]))
     return transform
 
 
 def _channel_actnorm() -> T.Pixelwise:
-    return T.Pixelwise(T.actnorm(2, initialize_on_first_batch=True)).eval()
+    return T.Pixelwise(T.ActNorm(2, initialize_on_first_batch=True)).eval()
 
 
 def _standardize() -> T.Standardize:
@@ -44,68 +40,66 @@ def _standardize() -> T.Standardize:
 def _glow_step() -> T.ComposeFlow:
     return T.ComposeFlow(
         [
-            T.squeeze(2),
-            T.Pixelwise(T.actnorm(4)),
-            T.invertible_1x1_conv(4, permute=False),
+            T.Squeeze(2),
+            T.Pixelwise(T.ActNorm(4)),
+            T.Invertible1x1Conv(4, permute=False),
             T.affine_coupling((4, 1, 1), HIDDEN),
-            T.unsqueeze(2),
+            T.Squeeze(2).inv,
         ]
     )
 
 
-def _multiscale(factor_out) -> T.MultiScale:
-    """Two levels over images of 4 x 4 pixels."""
+def _multiscale(factor_out, context_dim: int = 0) -> T.MultiScale:
+    """Two levels over images of 4 x 4 pixels, of which the first may depend on a context."""
     levels = [
-        T.affine_coupling((1, 4, 4), HIDDEN, mask="checkerboard"),
+        T.Coupling((1, 4, 4), HIDDEN, mask="checkerboard", context_dim=context_dim),
         T.affine_coupling((2, 2, 2), HIDDEN),
     ]
-    return T.multiscale(levels, (1, 4, 4), factor_out)
+    return T.MultiScale(levels, (1, 4, 4), factor_out)
 
 
 IMAGES: dict[str, Entry] = {
     # --- coupling ---
     "image-additive-coupling": image(
-        lambda: T.additive_coupling(SHAPE, HIDDEN), "AdditiveCoupling"
+        lambda: T.Coupling(SHAPE, HIDDEN, transformer=T.Additive()), "Coupling"
     ),
     "image-additive-coupling-checkerboard": image(
-        lambda: T.additive_coupling(FLAT, HIDDEN, mask="checkerboard"),
-        "AdditiveCoupling",
+        lambda: T.Coupling(FLAT, HIDDEN, transformer=T.Additive(), mask="checkerboard"),
+        "Coupling",
         event_shape=FLAT,
     ),
     "image-affine-coupling": image(
-        lambda: T.affine_coupling(SHAPE, HIDDEN, mask="channel", flip=True), "AffineCoupling"
+        lambda: T.affine_coupling(SHAPE, HIDDEN, mask="channel", flip=True), "Coupling"
     ),
     "image-affine-coupling-alternating": image(
         lambda: T.affine_coupling((3, 1, 2), HIDDEN, mask="alternating"),
-        "AffineCoupling",
+        "Coupling",
         event_shape=(3, 1, 2),
     ),
     "image-affine-coupling-checkerboard": image(
         lambda: T.affine_coupling(FLAT, HIDDEN, mask="checkerboard", flip=True),
-        "AffineCoupling",
+        "Coupling",
         event_shape=FLAT,
     ),
     "image-affine-coupling-mask": image(
-        lambda: T.affine_coupling(SHAPE, HIDDEN, mask=MIXED), "AffineCoupling"
+        lambda: T.affine_coupling(SHAPE, HIDDEN, mask=MIXED), "Coupling"
     ),
     "image-spline-coupling": image(
-        lambda: T.spline_coupling(SHAPE, HIDDEN, num_bins=3), "SplineCoupling"
+        lambda: T.spline_coupling(SHAPE, HIDDEN, num_bins=3), "Coupling"
     ),
     "image-spline-coupling-checkerboard": image(
         lambda: T.spline_coupling(FLAT, HIDDEN, mask="checkerboard", num_bins=3),
-        "SplineCoupling",
+        "Coupling",
         event_shape=FLAT,
     ),
     "image-spline-coupling-mask": image(
-        lambda: T.spline_coupling(SHAPE, HIDDEN, mask=MIXED, num_bins=3), "SplineCoupling"
+        lambda: T.spline_coupling(SHAPE, HIDDEN, mask=MIXED, num_bins=3), "Coupling"
     ),
-    "conditional-image-affine-coupling": conditional_image(
-        lambda: T.conditional_affine_coupling(SHAPE, CONTEXT_DIM, HIDDEN),
-        "ConditionalAffineCoupling",
+    "context-image-affine-coupling": image(
+        lambda: T.conditional_affine_coupling(SHAPE, CONTEXT_DIM, HIDDEN), "Coupling"
     ),
-    "conditional-image-affine-coupling-checkerboard": conditional_image(
-        lambda: T.conditional_affine_coupling(SHAPE, CONTEXT_DIM, HIDDEN, mask="checkerboard"),
-        "ConditionalAffineCoupling",
+    "context-image-affine-coupling-checkerboard": image(
+        lambda: T.Coupling(SHAPE, HIDDEN, context_dim=CONTEXT_DIM, mask="checkerboard"), "Coupling"
     ),
     # --- by pixel ---
     "pixelwise-spline-coupling": image(
@@ -116,29 +110,24 @@ IMAGES: dict[str, Entry] = {
     ),
     "pixelwise-actnorm": image(_channel_actnorm, "Pixelwise", "ActNorm"),
     "pixelwise-inverse": image(lambda: T.Pixelwise(T.planar(2).inv).inv, "Pixelwise"),
-    "invertible-1x1-conv": image(
-        _permuted_conv, "invertible_1x1_conv", "Invertible1x1Conv", event_shape=(3, 2, 1)
+    "invertible-1x1-conv": image(_permuted_conv, "Invertible1x1Conv", event_shape=(3, 2, 1)),
+    "context-pixelwise": image(
+        lambda: T.Pixelwise(T.conditional_planar(2, CONTEXT_DIM, HIDDEN)), "Pixelwise"
     ),
-    "conditional-pixelwise": conditional_image(
-        lambda: T.ConditionalPixelwise(T.conditional_planar(2, CONTEXT_DIM, HIDDEN)),
-        "ConditionalPixelwise",
+    "context-pixelwise-coupling": image(
+        lambda: T.Pixelwise(T.Coupling(2, HIDDEN, context_dim=CONTEXT_DIM)), "Pixelwise"
     ),
-    "conditional-pixelwise-coupling": conditional_image(
-        lambda: T.ConditionalPixelwise(T.conditional_affine_coupling(2, CONTEXT_DIM, HIDDEN)),
-        "ConditionalPixelwise",
-    ),
-    "conditional-invertible-1x1-conv": conditional_image(
-        lambda: T.conditional_invertible_1x1_conv(2, CONTEXT_DIM, HIDDEN, bias=True),
-        "conditional_invertible_1x1_conv",
-        "ConditionalInvertible1x1Conv",
+    "context-invertible-1x1-conv": image(
+        lambda: T.Invertible1x1Conv(2, bias=True, context_dim=CONTEXT_DIM, hidden_dims=HIDDEN),
+        "Invertible1x1Conv",
     ),
     "residual-image": image(
-        lambda: T.residual_flow(FLAT, HIDDEN).eval(), "ResidualFlow", event_shape=FLAT
+        lambda: T.ResidualFlow(FLAT, HIDDEN).eval(), "ResidualFlow", event_shape=FLAT
     ),
     # --- shapes and preparation ---
-    "squeeze": image(lambda: T.squeeze(2), "squeeze", "Squeeze", event_shape=(1, 2, 4)),
+    "squeeze": image(lambda: T.Squeeze(2), "Squeeze", event_shape=(1, 2, 4)),
     "squeeze-3": image(lambda: T.Squeeze(3), "Squeeze", event_shape=(1, 3, 3)),
-    "unsqueeze": image(lambda: T.unsqueeze(2), "unsqueeze", event_shape=(4, 1, 2)),
+    "unsqueeze": image(lambda: T.Squeeze(2).inv, "InverseFlow", event_shape=(4, 1, 2)),
     "logit-preprocess": image(lambda: T.LogitPreprocess(), "LogitPreprocess", event_shape=FLAT),
     "logit-preprocess-vector": Entry(
         lambda _: T.LogitPreprocess(1e-3, event_dim=1).inv, ["LogitPreprocess"], event_shape=(3,)
@@ -149,11 +138,14 @@ IMAGES: dict[str, Entry] = {
         ["Standardize"],
         event_shape=(3,),
     ),
-    "multiscale": Entry(
-        lambda _: _multiscale("channel"), ["multiscale", "MultiScale"], event_shape=(16,)
-    ),
+    "multiscale": Entry(lambda _: _multiscale("channel"), ["MultiScale"], event_shape=(16,)),
     "multiscale-mask": Entry(
         lambda _: _multiscale([torch.tensor([[[0, 1], [0, 1]]]).bool().repeat(1, 2, 2)]),
+        ["MultiScale"],
+        event_shape=(16,),
+    ),
+    "context-multiscale": Entry(
+        lambda _: _multiscale("channel", context_dim=CONTEXT_DIM),
         ["MultiScale"],
         event_shape=(16,),
     ),

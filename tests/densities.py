@@ -74,7 +74,7 @@ def image_flow() -> D.FlowDistribution:
     """Of images of one channel and 4 x 4 pixels, from noise of four channels and 2 x 2."""
     return D.FlowDistribution(
         normal(4, 2, 2),
-        [T.affine_coupling((4, 2, 2), (4,)), T.invertible_1x1_conv(4), T.unsqueeze(2)],
+        [T.affine_coupling((4, 2, 2), (4,)), T.Invertible1x1Conv(4), T.Squeeze(2).inv],
     )
 
 
@@ -171,7 +171,7 @@ DENSITIES = {
             normal(2),
             [
                 T.conditional_planar(2, CONTEXT_DIM, SMALL),
-                T.lu_linear(2),
+                T.LULinear(2),
                 T.conditional_affine_coupling(2, CONTEXT_DIM, SMALL),
             ],
         ),
@@ -179,7 +179,7 @@ DENSITIES = {
     ),
     "conditional-flow-and-base": DensityEntry(
         lambda: D.FlowDistribution(
-            NormalByContext(2), T.conditional_spline_coupling(2, CONTEXT_DIM, SMALL, num_bins=4)
+            NormalByContext(2), T.spline_coupling(2, SMALL, num_bins=4, context_dim=CONTEXT_DIM)
         ),
         context_dim=CONTEXT_DIM,
     ),
@@ -193,7 +193,7 @@ DENSITIES = {
         lambda: indexed(T.spline_coupling(2, SMALL, num_bins=4)), scale=0.4, reference=by_quadrature
     ),
     "nested-dropout": DensityEntry(
-        lambda: D.NestedDropoutFlow(normal(2), [T.affine_coupling(2, SMALL), T.lu_linear(2)])
+        lambda: D.NestedDropoutFlow(normal(2), [T.affine_coupling(2, SMALL), T.LULinear(2)])
     ),
     "multi-scale": DensityEntry(lambda: D.MultiScaleFlow((2, 4, 4), level, 2), scale=0.3),
     "flow-vae": DensityEntry(flow_vae, scale=0.3, reference=vae_by_quadrature),

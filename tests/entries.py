@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -17,6 +16,7 @@ class Entry:
     """`make(D)` is the transform, of events `(D,)` unless `event_shape` says otherwise; `dim` is the D to test at.
 
     `covers`: the public names of `pyro_flows_ext.transforms` that the entry stands for. `scale`: of the perturbation.
+    `context_dim`: that of the transform unless given.
     """
 
     make: Callable[[int], nn.Module]
@@ -43,12 +43,3 @@ class Entry:
             "event_shape": self.event_shape,
             "scale": self.scale,
         }
-
-
-def conditional(
-    make: Callable[[int], nn.Module],
-    *covers: str,
-    dim: int = 3,
-    **options: Any,
-) -> Entry:
-    return Entry(make, covers, dim=dim, context_dim=CONTEXT_DIM, **options)

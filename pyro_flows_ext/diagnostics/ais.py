@@ -13,9 +13,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from ..ops import effective_sample_size
+from ..ops import check_positive, effective_sample_size
 from ..programs import Program, is_delta, vectorization_error
-from ..transforms._constrain import check_positive
 from .local_density import LocalDensity
 
 # u -> log-densities of start and target there, both unnormalised or not.

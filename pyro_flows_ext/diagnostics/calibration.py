@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from ..ops import check_positive
 from ..programs import (
     Program,
     in_particles,
@@ -21,7 +22,6 @@ from ..programs import (
     sample_sites,
     vectorization_error,
 )
-from ..transforms._constrain import check_positive
 from .summary import flatten_samples
 
 # (num_draws, *args, **kwargs) -> {site: (num_draws, *shape)}

@@ -11,9 +11,9 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from ..infer.importance import plus_minus
+from ..ops import check_positive
 from ..programs import Program
 from ..transforms import FlowTransform
-from ..transforms._constrain import check_positive
 from .ais import AISResult, anneal, annealed_importance_sampling, log_mean_weight
 from .local_density import LocalDensity, local_density
 from .local_fit import Fit, LocalFlow, LocalGaussian, full_rank_planar, log_weights, maximise

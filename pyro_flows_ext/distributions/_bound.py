@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..transforms._constrain import check_positive
+from ..ops import check_positive
 from .base import Density
 
 

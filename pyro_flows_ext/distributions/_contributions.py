@@ -29,10 +29,9 @@ def pull_with_contributions(
             y, ladj = pull_with_contributions(part, y, ladj)
         return y, ladj
     if isinstance(transform, Coupling):
-        split = transform.split
-        seen, value = split.split(y)
-        value, log_slope = transform._elementwise(value, transform._theta(seen, split), True)
-        return split.join(seen, value), ladj + split.join(torch.zeros_like(seen), log_slope)
+        seen, value, log_slope = transform.by_element(y, inverse=True)
+        join = transform.split.join
+        return join(seen, value), ladj + join(torch.zeros_like(seen), log_slope)
     if isinstance(transform, Pixelwise):
         return transform.inverse_and_ladj(y)[0], _by_channel(transform.transform, ladj)
     raise TypeError(

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MLP
-from ..transforms import IndexedTransform
-from ..transforms.compose import at_context
-from ..transforms.indexed import Inner
+from ..transforms import FlowTransform, IndexedTransform
 from ._normal import affine_by, draw_by, log_normal_by
 
 # u itself, or what draws it given the output of the reverse network; None draws from r.
@@ -31,7 +29,7 @@ class IndexedLayer(nn.Module):
 
     def __init__(
         self,
-        transform: Inner,
+        transform: FlowTransform,
         input_dim: int,
         index_dim: int = 1,
         hidden_dims: Sequence[int] = (10, 10),
@@ -71,7 +69,9 @@ class IndexedLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """z, ε, and log|det| of the inverse map and log r, `(2, *)`."""
         f: Any = self.indexed.transform
-        a, inner = (f if context is None else at_context(f, context)).inverse_and_ladj(value)
+        if context is not None:
+            f = f.condition(context)
+        a, inner = f.inverse_and_ladj(value)
         reverse = self.reverse_net(a, context)
         if not isinstance(u, Tensor):
             u = draw_by(reverse) if u is None else u(reverse)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..transforms._constrain import bounded_affine
+from ..transforms.bounds import bounded_affine
 
 
 def affine_by(x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -170,6 +170,8 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
                 f"value: expected a tensor of shape (*, {', '.join(map(str, event))}), got {tuple(value.shape)}"
             )
         rows = value.shape[:cut]
+        if not self.batch_shape:
+            return rows
         if not all(
             a == b or 1 in (a, b) for a, b in zip(rows[::-1], self.batch_shape[::-1], strict=False)
         ):

@@ -11,8 +11,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ..nn import MLP
+from ..ops import check_positive
 from ..transforms import LogitPreprocess
-from ..transforms._constrain import check_positive
 from ._bound import BoundedDensity
 from ._normal import affine_by, log_standard_normal
 from .base import Density

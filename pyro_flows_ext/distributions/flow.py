@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Self
 
-from ..transforms import ComposeFlow, ConditionalComposeFlow, FlowTransform
-from ..transforms.compose import at_context, reads_context
+from ..transforms import ComposeFlow, FlowTransform
 from .base import TransformedDensity, log_prob_anywhere
-
-Part = FlowTransform | ConditionalTransformModule
 
 
 class FlowDistribution(TransformedDensity):
@@ -25,40 +21,39 @@ class FlowDistribution(TransformedDensity):
 
     `base`: any distribution with fixed parameters, whose rightmost batch dimensions become event dimensions where the
     transform acts on them; or a module whose `forward()` returns one, for a base that learns. `transforms`: a
-    `FlowTransform`, a conditional one, or a sequence of them in the order from base to data. With a part that takes a
-    context `(*, C)`, `condition(context)` gives the density at that context, of batch shape `(*)`; a learnable base
-    then may take the context too (`forward(context)`, with `takes_context = True`).
+    `FlowTransform`, or a sequence of them in the order from base to data. With a part that depends on a context `(*, C)`,
+    `condition(context)` returns the density at that context, of batch shape `(*)`; a learnable base then may take the
+    context too (`forward(context)`, with `takes_context = True`).
 
     Scores values that it never drew. Cost: `rsample` a forward pass, `log_prob` an inverse one, of the last draw none.
     Raises `TypeError` for a base or a part of another kind, `ValueError` for a base with parameters that would not
     train, for a value of another event shape, and for a density that needs a context and has none.
     """
 
-    transform: Part
+    transform: FlowTransform
     can_standardize = True
 
     def __init__(
         self,
         base: Distribution | nn.Module,
-        transforms: Part | Sequence[Part],
+        transforms: FlowTransform | Sequence[FlowTransform],
         *,
         validate_args: bool | None = None,
     ):
         transform = _compose(transforms)
         super().__init__(base, validate_args)
         self.transform = transform
-        if isinstance(transform, FlowTransform) and not reads_context(transform):
+        if not transform.context_dim:
             self._batch_shape, self._event_shape = self._shapes()
 
     def condition(self, context: Tensor) -> Self:
         """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
-        if not reads_context(self.transform):
+        if not self.transform.context_dim:
             raise ValueError(
                 "condition: no transform of this density takes a context; build one with context_dim > 0"
             )
-        view = self._view(
-            self.batch_shape, transform=at_context(self.transform, context), context=context
-        )
+        transform = self.transform.condition(context)
+        view = self._view(self.batch_shape, transform=transform, context=context)
         view._batch_shape, view._event_shape = view._shapes()
         return view
 
@@ -97,21 +92,20 @@ class FlowDistribution(TransformedDensity):
     def support(self) -> Any:
         if isinstance(self.transform, _Identity) and self.standardization is None:
             return self._base_dist().support
-        outer = self.event_dim - self._flow().codomain.event_dim
         codomain = self._flow().codomain
+        outer = len(self.event_shape) - codomain.event_dim
         return constraints.independent(codomain, outer) if outer else codomain
 
     def _flow(self) -> FlowTransform:
-        if not isinstance(self.transform, FlowTransform) or (
-            self.context is None and reads_context(self.transform)
-        ):
+        if self.transform.context_dim:
             raise ValueError(
-                "this density depends on a context: call condition(context) first, with one of shape (*, context_dim)"
+                "this density depends on a context: call condition(context) first, with one of shape "
+                f"(*, {self.transform.context_dim})"
             )
-        return self._with_units(self.transform)
+        return self.transform if self.standardization is None else self._with_units(self.transform)
 
     def _layers_codomain(self) -> Any:
-        return getattr(self.transform, "codomain", None)
+        return self.transform.codomain
 
     def _shapes(self) -> tuple[Size, Size]:
         """Batch and event shape: of the base through the transform."""
@@ -125,9 +119,12 @@ class FlowDistribution(TransformedDensity):
     def _at_batch(self) -> tuple[Any, FlowTransform, int]:
         """The base at this batch shape, the transform, and how many dimensions of the event are outside the transform's."""
         transform = self._flow()
-        base = self._base_dist(transform.domain.event_dim)
-        outer = len(base.event_shape) - transform.domain.event_dim
-        return base.expand(self.batch_shape), transform, outer
+        event_dim = transform.domain.event_dim
+        base = self._base_dist(event_dim)
+        outer = len(base.event_shape) - event_dim
+        if base.batch_shape != self.batch_shape:
+            base = base.expand(self.batch_shape)
+        return base, transform, outer
 
 
 class _Identity(FlowTransform):
@@ -143,31 +140,19 @@ class _Identity(FlowTransform):
 
 
 def _pull(transform: FlowTransform, value: Tensor) -> tuple[Tensor, Tensor]:
-    """z = f⁻¹(value) and log|det Df⁻¹(value)|: free for the last draw, one inverse pass otherwise."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or torch._C._functorch.is_functorch_wrapped_tensor(value)
-    ):
-        # Nothing is remembered here, and the two calls below would be two passes.
-        return transform.inverse_and_ladj(value)
-    z = transform.inv(value)
-    return z, -transform.log_abs_det_jacobian(z, value)
+    """z = f⁻¹(value) and log|det Df⁻¹(value)|: at no cost for the last draw, by one inverse pass otherwise."""
+    if (hit := transform._lookup(y=value)) is not None:
+        return hit[0], -hit[2]
+    return transform.inverse_and_ladj(value)
 
 
-def _compose(transforms: Part | Sequence[Part]) -> Part:
-    if isinstance(transforms, FlowTransform | ConditionalTransformModule):
+def _compose(transforms: FlowTransform | Sequence[FlowTransform]) -> FlowTransform:
+    if isinstance(transforms, FlowTransform):
         return transforms
     parts = list(transforms)
     if not parts:
         return _Identity()
     for part in parts:
-        if not isinstance(part, FlowTransform | ConditionalTransformModule):
-            raise TypeError(
-                f"transforms: expected FlowTransforms and conditional ones, got a {type(part).__name__}"
-            )
-    if len(parts) == 1:
-        return parts[0]
-    if any(isinstance(part, ConditionalTransformModule) for part in parts):
-        return ConditionalComposeFlow(parts)
-    return ComposeFlow(parts)  # type: ignore[arg-type]
+        if not isinstance(part, FlowTransform):
+            raise TypeError(f"transforms: expected FlowTransforms, got a {type(part).__name__}")
+    return parts[0] if len(parts) == 1 else ComposeFlow(parts)

@@ -13,8 +13,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Self
 
+from ..ops import check_positive
 from ..transforms import FlowTransform
-from ..transforms._constrain import check_positive
 from ._bound import BoundedDensity
 from ._indexed_layer import Index, IndexedLayer
 from ._normal import affine_by, log_standard_normal

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MLP
+from ..ops import check_positive
 from ..transforms import FlowTransform
-from ..transforms._constrain import check_positive
 from ._bound import BoundedDensity
 from ._normal import draw_by, log_normal_by, log_standard_normal
 

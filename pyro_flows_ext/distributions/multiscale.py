@@ -13,14 +13,16 @@ from typing_extensions import Self
 
 from ..transforms import (
     ActNorm,
-    AffineCoupling,
+    Affine,
     ComposeFlow,
+    Coupling,
     FlowTransform,
     Invertible1x1Conv,
     MultiScale,
     Pixelwise,
-    SplineCoupling,
+    RationalQuadratic,
     Squeeze,
+    Transformer,
 )
 from ._contributions import masks_by_share, mean_by_place, pull_with_contributions
 from .flow import FlowDistribution
@@ -183,7 +185,7 @@ def glow(
 
     Kingma & Dhariwal 2018 take 3 levels of 32 steps for CIFAR-10, and networks of 512 channels.
     """
-    level = partial(_steps, AffineCoupling, num_layers, hidden_dims=(hidden_channels,) * num_blocks)
+    level = partial(_steps, Affine(), num_layers, hidden_dims=(hidden_channels,) * num_blocks)
     return MultiScaleFlow(event_shape, level, num_levels, factor_out, squeeze_first=True)
 
 
@@ -205,11 +207,9 @@ def rq_nsf_image(
     """
     level = partial(
         _steps,
-        SplineCoupling,
+        RationalQuadratic(num_bins, bound),
         num_layers,
         hidden_dims=(hidden_channels,) * num_blocks,
-        num_bins=num_bins,
-        bound=bound,
     )
     return MultiScaleFlow(event_shape, level, num_levels, factor_out, squeeze_first=True)
 
@@ -218,16 +218,18 @@ def _couplings(shape: Shape, num_layers: int, hidden_dims: Sequence[int]) -> Flo
     """Affine couplings with checkerboards in turn."""
     parts: list[FlowTransform] = []
     for i in range(num_layers):
-        parts.append(AffineCoupling(shape, hidden_dims, mask="checkerboard", flip=i % 2 == 1))
+        parts.append(Coupling(shape, hidden_dims, mask="checkerboard", flip=i % 2 == 1))
         parts.append(Pixelwise(ActNorm(shape[0])))
     return ComposeFlow(parts)
 
 
-def _steps(coupling: Any, num_layers: int, shape: Shape, **options: Any) -> FlowTransform:
-    """Glow's steps, with this kind of coupling."""
+def _steps(
+    transformer: Transformer, num_layers: int, shape: Shape, hidden_dims: Sequence[int]
+) -> FlowTransform:
+    """Glow's steps, with couplings of this transformer."""
     parts: list[FlowTransform] = []
     for _ in range(num_layers):
-        parts.append(coupling(shape, mask="channel", **options))
+        parts.append(Coupling(shape, hidden_dims, transformer=transformer, mask="channel"))
         parts.append(Invertible1x1Conv(shape[0]))
         parts.append(Pixelwise(ActNorm(shape[0])))
     return ComposeFlow(parts)

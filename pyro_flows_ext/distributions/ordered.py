@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..transforms._iterative import ITERATIVE
-from ..transforms.compose import reads_context
-from .flow import FlowDistribution, Part
+from ..transforms import FlowTransform
+from .flow import FlowDistribution
 
 
 class NestedDropoutFlow(FlowDistribution):
@@ -40,7 +39,7 @@ class NestedDropoutFlow(FlowDistribution):
     def __init__(
         self,
         base: Distribution | nn.Module,
-        transforms: Part | Sequence[Part],
+        transforms: FlowTransform | Sequence[FlowTransform],
         *,
         index_prob: float = 0.33,
         reconstruction_weight: float = 20.0,
@@ -54,7 +53,7 @@ class NestedDropoutFlow(FlowDistribution):
                 f"reconstruction_weight: expected a finite number >= 0, got {reconstruction_weight!r}"
             )
         super().__init__(base, transforms, validate_args=validate_args)
-        if reads_context(self.transform):
+        if self.transform.context_dim:
             raise ValueError(
                 "transforms: expected ones without a context, of which the latents have one order"
             )
@@ -66,7 +65,11 @@ class NestedDropoutFlow(FlowDistribution):
             )
         self.register_buffer("order", order.clone())
         self.index_prob, self.reconstruction_weight = index_prob, reconstruction_weight
-        slow = {type(part).__name__ for part in self.modules() if isinstance(part, ITERATIVE)}
+        slow = {
+            type(part).__name__
+            for part in self.modules()
+            if isinstance(part, FlowTransform) and part.inverts_iteratively
+        }
         if slow:
             warnings.warn(
                 f"{', '.join(sorted(slow))}: one direction takes up to {size} sweeps or finds roots, and the penalty of nested "

@@ -12,8 +12,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ..ops import check_positive
 from ..transforms import FlowTransform
-from ..transforms._constrain import check_event, check_positive
 from .base import AutoFlow
 
 
@@ -63,7 +63,7 @@ class AugmentedFlow(FlowTransform):
         return (base.log_prob(noise) + ladj - log_r).logsumexp(0) - math.log(num_particles)
 
     def _split(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event(name, x, self.input_dim)
+        self._check_input(name, x)
         return x[..., : self.latent_dim], x[..., self.latent_dim :]
 
     # The cache holds log|det| and log r of a pass as one tensor.

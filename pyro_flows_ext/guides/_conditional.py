@@ -6,22 +6,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from pyro.distributions.conditional import ConditionalTransformModule
 from torch import nn
 
 from ..transforms import (
-    ConditionalComposeFlow,
-    ConditionalElementwiseAffine,
-    conditional_planar,
-    conditional_sylvester,
+    ComposeFlow,
+    ElementwiseAffine,
+    FlowTransform,
+    HouseholderSylvester,
+    Planar,
     iaf,
     realnvp,
 )
 from ._indexed import IndexedFlow, IndexedLayer
 from .indexed import STEPS
 
-# (dimension of the latents, dimension of the context) -> a conditional transform; of "cif", its layers.
-ConditionalFactory = Callable[[int, int], ConditionalTransformModule]
+# (dimension of the latents, dimension of the context) -> a transform; of "cif", its layers.
+ConditionalFactory = Callable[[int, int], FlowTransform]
 
 # How many layers a named flow has unless told otherwise.
 NUM_LAYERS = {"planar": 8, "sylvester": 4, "iaf": 2, "realnvp": 4, "cif": 2}
@@ -36,7 +36,7 @@ def conditional_flow(
     if flow is None or not isinstance(flow, str):
         if flow is not None and not callable(flow):
             raise TypeError(
-                f"flow: expected a name, None or a callable from (D, H) to a conditional transform, got {flow!r}"
+                f"flow: expected a name, None or a callable from (D, H) to a transform, got {flow!r}"
             )
         if num_layers is not None or hidden_dims is not None:
             raise ValueError("num_layers and hidden_dims go with a flow by name")
@@ -48,11 +48,11 @@ def conditional_flow(
     return partial(_flow, flow, num_layers, hidden_dims)
 
 
-def placed(flow: Any, affine: ConditionalElementwiseAffine) -> ConditionalComposeFlow | IndexedFlow:
+def placed(flow: Any, affine: ElementwiseAffine) -> ComposeFlow | IndexedFlow:
     """What a factory made, or None, with an affine map behind it."""
     if isinstance(flow, nn.ModuleList):  # of indexed layers
         return IndexedFlow(list(flow), affine)  # type: ignore[arg-type]
-    return ConditionalComposeFlow([affine] if flow is None else [flow, affine])
+    return ComposeFlow([affine] if flow is None else [flow, affine])
 
 
 def _flow(
@@ -72,9 +72,9 @@ def _flow(
         )
     hidden_dims = () if hidden_dims is None else hidden_dims  # linear in the features
     if name == "planar":
-        return conditional_planar(dim, context_dim, hidden_dims, num_layers=num_layers)
+        return Planar(dim, num_layers=num_layers, context_dim=context_dim, hidden_dims=hidden_dims)
     # Of the three kinds the one whose Q is smooth in the features: Gram-Schmidt's jumps where a matrix turns singular, as
     # those of a curve of data do, and its gradient is infinite there.
-    return conditional_sylvester(
-        dim, context_dim, hidden_dims, kind="householder", num_layers=num_layers
+    return HouseholderSylvester(
+        dim, num_layers=num_layers, context_dim=context_dim, hidden_dims=hidden_dims
     )

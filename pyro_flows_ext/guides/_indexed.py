@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ..distributions._indexed_layer import IndexedLayer
-from ..transforms._constrain import check_event
-from ..transforms.compose import at_context
-from ..transforms.indexed import Inner
+from ..transforms import FlowTransform
 from ._augmented import AugmentedFlow
 
 
@@ -20,13 +17,13 @@ class IndexedFlow(AugmentedFlow):
     """(z_0, ε_1, ..., ε_K) -> (z, u_1, ..., u_K), z = placement(z_K): latents with their indices as a flow of noise.
 
     Of vectors `(*, D + K · index_dim)`; log|det| exact. A pass gives log r(u | z) too, which is remembered with it.
-    Layers that take a context make a flow that needs `with_context`, and may have a conditional placement.
+    With layers that take a context, `condition(context)` conditions layers and placement.
     Cost: one pass of every layer, in both directions.
     """
 
     placement: Any
 
-    def __init__(self, layers: Sequence[IndexedLayer], placement: Inner):
+    def __init__(self, layers: Sequence[IndexedLayer], placement: FlowTransform):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.placement = placement
@@ -34,16 +31,15 @@ class IndexedFlow(AugmentedFlow):
         self.context_dim = layers[0].context_dim
         self.input_dim = self.latent_dim + len(layers) * self.index_dim
 
-    def with_context(self, context: Tensor) -> Self:
-        """This flow with `context` `(*, C)` given to all layers, and to the placement where it takes one."""
-        check_event("context", context, self.context_dim)
-        view = super().with_context(context)
-        placement = at_context(self.placement, context)
+    def condition(self, context: Tensor) -> FlowTransform:
+        """Returns this flow with all layers and the placement at a context `(*, context_dim)`."""
+        view = super().condition(context)
+        placement = self.placement.condition(context)
         view.__dict__["_modules"] = {**self._modules, "placement": placement}
         return view
 
     def _push(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        context = self._read_context()
+        context = self.context
         z, rest = self._split("x", x)
         indices, sums = [], []
         for layer, eps in zip(self.layers, self._indices(rest), strict=True):
@@ -55,7 +51,7 @@ class IndexedFlow(AugmentedFlow):
         return torch.cat([z, *indices], -1), torch.stack(sums).sum(0)
 
     def _pull(self, z: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        context = self._read_context()
+        context = self.context
         indices = None if rest is None else self._indices(rest)
         z, ladj = self.placement.inverse_and_ladj(z)
         sums, noise = [torch.stack([ladj, torch.zeros_like(ladj)])], []

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..ops import quantiles as elementwise_quantiles
 from ..programs import JacobianDelta, constrain, unconstrain
-from ..transforms import ConditionalElementwiseAffine
-from ..transforms.compose import at_context
+from ..transforms import ElementwiseAffine
 from ._conditional import ConditionalFactory, conditional_flow, placed
 from ._data_plate import DataPlate, find_plate, indices_are_given
 from ._local import LocalLatent, check_same, read_latents
@@ -40,7 +39,7 @@ class AutoAmortizedFlow(PortableGuide):
     `(N, *) -> (N, H)` that treats rows alone (batch normalisation in training mode does not); dtype and device follow its
     output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf", "realnvp" or "cif", with `num_layers` layers and
     parameters that are linear in h (the first two) or come from networks that see h (`hidden_dims` for other networks); a
-    callable from (D, H) to a conditional transform; or None for a Gaussian. log s and m are linear in h. The guide starts at
+    callable from (D, H) to a transform with `context_dim` H; or None for a Gaussian. log s and m are linear in h. The guide starts at
     the mean over the data of `init_loc_fn`'s points, with scale `init_scale` and hardly a flow, the same for every datum.
 
     "cif" is a continuously indexed flow as in `AutoCIF`, of "nsf-ar" steps and one index a layer: for posteriors of a datum with
@@ -130,10 +129,9 @@ class AutoAmortizedFlow(PortableGuide):
         loc, self.latent_dim = loc.to(features), len(loc)
         make = self._flow_factory
         flow = None if make is None else make(len(loc), features.shape[-1])
-        affine = ConditionalElementwiseAffine(len(loc), features.shape[-1], hidden_dims=())
-        start: Any = affine.transform
-        start.loc.copy_(loc)
-        start.log_scale.fill_(math.log(self._init_scale))
+        affine = ElementwiseAffine(len(loc), context_dim=features.shape[-1], hidden_dims=())
+        affine.loc.copy_(loc)
+        affine.log_scale.fill_(math.log(self._init_scale))
         self.transform = placed(flow, affine).to(loc)
         self._posterior(rows).sample()  # a flow of another dimension raises here
         self.prototype_trace = slim(list(trace.iter_stochastic_nodes()))
@@ -225,7 +223,7 @@ class AutoAmortizedFlow(PortableGuide):
         size: Any = self.latent_dim if self.exact_log_prob else self.transform.input_dim
         zeros = context.new_zeros(*context.shape[:-1], size)
         base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
-        return dist.TransformedDistribution(base, at_context(self.transform, context))
+        return dist.TransformedDistribution(base, self.transform.condition(context))
 
     def _latents_of(self, vector: Tensor) -> Iterator[tuple[LocalLatent, JacobianDelta]]:
         """The latents, constrained, in draws of the posterior."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..ops import check_positive
 from ..transforms import ComposeFlow, FlowTransform, Whitening, iaf, maf, nsf, realnvp
-from ..transforms._constrain import check_positive
 from ._augmented import AugmentedGuide
 from ._indexed import IndexedFlow, IndexedLayer
 from .base import FlowFactory, GuideOptions

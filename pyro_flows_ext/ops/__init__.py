@@ -1,10 +1,18 @@
 """Stateless functions on tensors."""
 
 from .chains import bulk_ess, normal_scores, r_hat
+from .checks import (
+    check_context_dim,
+    check_event,
+    check_event_dim,
+    check_positive,
+    find_event_shape,
+    read_event_shape,
+)
 from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
 from .linalg import householder_columns, matvec, orthonormal_columns, turned_columns
-from .roots import monotone_root, tanh_root, triangular_tanh_root
+from .roots import increasing_root, monotone_root, tanh_root, triangular_tanh_root
 from .spectral import conv_norm_bound, spectral_norm_bound
 from .splines import rq_spline
 from .stats import effective_sample_size, pareto_smooth, quantiles
@@ -25,12 +33,18 @@ __all__ = [
     "Product",
     "anderson",
     "bulk_ess",
+    "check_context_dim",
+    "check_event",
+    "check_event_dim",
+    "check_positive",
     "contraction_inverse",
     "conv_norm_bound",
     "dense_jacobian",
     "effective_sample_size",
     "exact_log_det",
+    "find_event_shape",
     "householder_columns",
+    "increasing_root",
     "log_det_series",
     "matvec",
     "monotone_root",
@@ -40,6 +54,7 @@ __all__ = [
     "pareto_smooth",
     "quantiles",
     "r_hat",
+    "read_event_shape",
     "roulette_weights",
     "rq_spline",
     "spectral_norm_bound",

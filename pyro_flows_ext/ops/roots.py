@@ -24,6 +24,9 @@ MAX_STEPS = 200
 # two steps of the polish, is exact to rounding after 10 for 1 + k >= 1e-3 and k up to 1e6.
 FIXED_STEPS = 32
 TANH_STEPS = 12
+# Doublings of a bracket: to 2⁶⁴, beyond what float32 data hold, and where no value may be looked at to 2¹².
+MAX_DOUBLINGS = 64
+FIXED_DOUBLINGS = 12
 
 
 def may_branch_on(x: Tensor) -> bool:
@@ -51,6 +54,32 @@ def monotone_root(
     with torch.no_grad():
         x = bracketed_newton(f, lower, upper, (lower + upper) / 2 if start is None else start)
     return newton_polish(f, x)
+
+
+def increasing_root(f: ValueAndSlope, start: Tensor) -> Tensor:
+    """The root of an increasing function of the whole real line, elementwise, from a bracket around `start` `(*)`.
+
+    As `monotone_root`, with a bracket that doubles until the sign changes. Where Python may not look at values (see
+    `may_branch_on`), it reaches 2¹² to either side of `start`.
+    """
+    with torch.no_grad():
+        lower, upper = _expand_bracket(f, start)
+        x = bracketed_newton(f, lower, upper, start)
+    return newton_polish(f, x)
+
+
+def _expand_bracket(f: ValueAndSlope, start: Tensor) -> tuple[Tensor, Tensor]:
+    eager = may_branch_on(start)
+    lower, upper = start - 1, start + 1
+    for doubling in range(MAX_DOUBLINGS if eager else FIXED_DOUBLINGS):
+        # NaN counts as enclosed: it must not keep its neighbours in the loop.
+        too_high, too_low = f(lower)[0] > 0, f(upper)[0] < 0
+        if eager and not bool((too_high | too_low).any()):
+            break
+        width = 2.0 ** (doubling + 1)
+        lower = torch.where(too_high, start - width, lower)
+        upper = torch.where(too_low, start + width, upper)
+    return lower, upper
 
 
 def newton_polish(f: ValueAndSlope, root: Tensor) -> Tensor:

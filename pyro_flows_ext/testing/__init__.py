@@ -4,7 +4,7 @@
 
     def test_my_transform():
         check_transform(lambda: MyTransform(3))
-        check_transform(lambda: MyConditionalTransform(3, context_dim=2), context_dim=2)
+        check_transform(lambda: MyTransform(3, context_dim=2))
 
 One function a point, or `check_transform` for all that apply. Every check builds the transform anew, moves it to the
 dtype, perturbs its parameters (`perturb`) and raises `ContractError` with the point's number and name, the error

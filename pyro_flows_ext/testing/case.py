@@ -10,12 +10,13 @@ from typing import TypedDict
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from typing_extensions import Self
 
+from ..ops import find_event_shape
 from ..transforms import FlowTransform
-from ..transforms._constrain import find_event_shape
 
 Factory = Callable[[], nn.Module]
 
@@ -38,7 +39,7 @@ class Options(TypedDict, total=False):
     """What every check takes beside the factory.
 
     `event_shape`: shape of one input; by default by `input_dim`, read off the transform. `context_dim`: last
-    dimension of the context of a conditional transform. `dtype`: float64 by default. `seed`: 0 by default. `scale`: of
+    dimension of the context; by default that of the transform. `dtype`: float64 by default. `seed`: 0 by default. `scale`: of
     the perturbation, .7 by default; a stack of layers needs less, since their condition numbers multiply.
     """
 
@@ -112,8 +113,8 @@ class Judge:
 class Case(Judge):
     """A point of the contract applied to one factory.
 
-    Raises `TypeError` when the factory makes no `FlowTransform` (with `context_dim`: no module with `condition`), and
-    `ValueError` when `event_shape` is neither given nor to be read off the transform.
+    Raises `TypeError` if the factory makes neither a `FlowTransform` nor a `ConditionalTransformModule`, and
+    `ValueError` if `event_shape` or `context_dim` is neither given nor to be read off the transform.
     """
 
     def __init__(
@@ -145,15 +146,18 @@ class Case(Judge):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = self.factory()
-        if self.context_dim is None and not isinstance(module, FlowTransform):
-            hint = "; for a conditional transform, give context_dim"
-            raise TypeError(
-                f"factory: expected a FlowTransform, got {type(module).__name__}"
-                f"{hint if hasattr(module, 'condition') else ''}"
+        if not isinstance(module, FlowTransform | ConditionalTransformModule):
+            raise TypeError(f"factory: expected a FlowTransform, got {type(module).__name__}")
+        known = module.context_dim if isinstance(module, FlowTransform) else None
+        if self.context_dim is None:
+            self.context_dim = known or None
+        elif known not in (None, self.context_dim):
+            raise ValueError(
+                f"context_dim: expected {known}, that of {type(module).__name__}, got {self.context_dim}"
             )
-        if self.context_dim is not None and not hasattr(module, "condition"):
-            raise TypeError(
-                f"factory: expected a module with condition(context), got {type(module).__name__}"
+        if self.context_dim is None and known is None:
+            raise ValueError(
+                f"context_dim: expected the size of the context of {type(module).__name__}, got None"
             )
         module = module.to(self.dtype)
         generator = torch.Generator().manual_seed(seed)

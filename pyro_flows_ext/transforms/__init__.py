@@ -1,135 +1,55 @@
 """Invertible transforms with parameters, as Pyro `TransformModule`s."""
 
-from .affine import (
-    ConditionalElementwiseAffine,
-    ElementwiseAffine,
-    Whitening,
-    conditional_elementwise_affine,
-    elementwise_affine,
-)
-from .autoregressive import (
-    AffineAutoregressive,
-    Autoregressive,
-    ConditionalAffineAutoregressive,
-    ConditionalSplineAutoregressive,
-    SplineAutoregressive,
-    affine_autoregressive,
-    conditional_affine_autoregressive,
-    conditional_spline_autoregressive,
-    spline_autoregressive,
-)
+from .affine import ElementwiseAffine, Whitening
+from .autoregressive import Autoregressive
 from .base import FlowTransform, InverseFlow
-from .compose import ComposeFlow, ConditionalComposeFlow
-from .conditional import ConditionalFlow, ContextualFlow
-from .coupling import (
-    AdditiveCoupling,
-    AffineCoupling,
-    ConditionalAdditiveCoupling,
-    ConditionalAffineCoupling,
-    ConditionalSplineCoupling,
-    Coupling,
-    SplineCoupling,
-    additive_coupling,
+from .compose import ComposeFlow
+from .coupling import Coupling
+from .hamiltonian import Leapfrog
+from .helpers import (
+    affine_autoregressive,
     affine_coupling,
-    conditional_additive_coupling,
+    batchnorm,
+    conditional_affine_autoregressive,
     conditional_affine_coupling,
-    conditional_spline_coupling,
+    conditional_planar,
+    conditional_radial,
+    conditional_spline_autoregressive,
+    permute,
+    planar,
+    radial,
+    spline_autoregressive,
     spline_coupling,
 )
-from .hamiltonian import (
-    ConditionalLeapfrog,
-    Leapfrog,
-    conditional_leapfrog,
-    leapfrog,
-)
-from .image import LogitPreprocess, Squeeze, Standardize, squeeze, unsqueeze
-from .indexed import IndexedTransform, indexed
-from .linear import (
-    ConditionalHouseholderLinear,
-    ConditionalLULinear,
-    ConditionalQRLinear,
-    HouseholderLinear,
-    LULinear,
-    QRLinear,
-    conditional_householder_linear,
-    conditional_lu_linear,
-    conditional_qr_linear,
-    householder_linear,
-    lu_linear,
-    qr_linear,
-)
-from .multiscale import MultiScale, multiscale
-from .normalization import ActNorm, BatchNorm, actnorm, batchnorm
+from .image import LogitPreprocess, Squeeze, Standardize
+from .indexed import IndexedTransform
+from .linear import HouseholderLinear, LULinear, QRLinear
+from .multiscale import MultiScale
+from .normalization import ActNorm, BatchNorm
 from .pad import Pad
-from .permute import Permute, permute
-from .pixelwise import (
-    ConditionalInvertible1x1Conv,
-    ConditionalPixelwise,
-    Invertible1x1Conv,
-    Pixelwise,
-    conditional_invertible_1x1_conv,
-    invertible_1x1_conv,
-)
-from .planar import ConditionalPlanar, Planar, conditional_planar, planar
+from .permute import Permute
+from .pixelwise import Invertible1x1Conv, Pixelwise
+from .planar import Planar
 from .presets import glow_vector, iaf, maf, nice, nsf, realnvp, residual
-from .radial import ConditionalRadial, Radial, conditional_radial, radial
-from .residual import (
-    ConditionalResidualFlow,
-    LogDetNoise,
-    ResidualFlow,
-    conditional_residual_flow,
-    residual_flow,
-)
-from .sinh_arcsinh import (
-    ConditionalSinhArcsinh,
-    SinhArcsinh,
-    conditional_sinh_arcsinh,
-    sinh_arcsinh,
-)
+from .radial import Radial
+from .residual import LogDetNoise, ResidualFlow
+from .sinh_arcsinh import SinhArcsinh
 from .sylvester import (
-    ConditionalHouseholderSylvester,
-    ConditionalOrthogonalSylvester,
-    ConditionalSylvester,
-    ConditionalTriangularSylvester,
     HouseholderSylvester,
     OrthogonalSylvester,
     Sylvester,
     TriangularSylvester,
-    conditional_sylvester,
     sylvester,
 )
+from .transformers import Additive, Affine, RationalQuadratic, Transformer
 
 __all__ = [
     "ActNorm",
-    "AdditiveCoupling",
-    "AffineAutoregressive",
-    "AffineCoupling",
+    "Additive",
+    "Affine",
     "Autoregressive",
     "BatchNorm",
     "ComposeFlow",
-    "ConditionalAdditiveCoupling",
-    "ConditionalAffineAutoregressive",
-    "ConditionalAffineCoupling",
-    "ConditionalComposeFlow",
-    "ConditionalElementwiseAffine",
-    "ConditionalFlow",
-    "ConditionalHouseholderLinear",
-    "ConditionalHouseholderSylvester",
-    "ConditionalInvertible1x1Conv",
-    "ConditionalLULinear",
-    "ConditionalLeapfrog",
-    "ConditionalOrthogonalSylvester",
-    "ConditionalPixelwise",
-    "ConditionalPlanar",
-    "ConditionalQRLinear",
-    "ConditionalRadial",
-    "ConditionalResidualFlow",
-    "ConditionalSinhArcsinh",
-    "ConditionalSplineAutoregressive",
-    "ConditionalSplineCoupling",
-    "ConditionalSylvester",
-    "ConditionalTriangularSylvester",
-    "ContextualFlow",
     "Coupling",
     "ElementwiseAffine",
     "FlowTransform",
@@ -150,59 +70,34 @@ __all__ = [
     "Planar",
     "QRLinear",
     "Radial",
+    "RationalQuadratic",
     "ResidualFlow",
     "SinhArcsinh",
-    "SplineAutoregressive",
-    "SplineCoupling",
     "Squeeze",
     "Standardize",
     "Sylvester",
+    "Transformer",
     "TriangularSylvester",
     "Whitening",
-    "actnorm",
-    "additive_coupling",
     "affine_autoregressive",
     "affine_coupling",
     "batchnorm",
-    "conditional_additive_coupling",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
-    "conditional_elementwise_affine",
-    "conditional_householder_linear",
-    "conditional_invertible_1x1_conv",
-    "conditional_leapfrog",
-    "conditional_lu_linear",
     "conditional_planar",
-    "conditional_qr_linear",
     "conditional_radial",
-    "conditional_residual_flow",
-    "conditional_sinh_arcsinh",
     "conditional_spline_autoregressive",
-    "conditional_spline_coupling",
-    "conditional_sylvester",
-    "elementwise_affine",
     "glow_vector",
-    "householder_linear",
     "iaf",
-    "indexed",
-    "invertible_1x1_conv",
-    "leapfrog",
-    "lu_linear",
     "maf",
-    "multiscale",
     "nice",
     "nsf",
     "permute",
     "planar",
-    "qr_linear",
     "radial",
     "realnvp",
     "residual",
-    "residual_flow",
-    "sinh_arcsinh",
     "spline_autoregressive",
     "spline_coupling",
-    "squeeze",
     "sylvester",
-    "unsqueeze",
 ]

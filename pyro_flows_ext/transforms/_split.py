@@ -1,7 +1,8 @@
-"""How a coupling layer takes an event apart: what passes and feeds the network, and what is transformed."""
+"""The two parts of an event in a coupling layer: one passes and feeds the network, the other is transformed."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .masks import Mask, passed_elements
 
 
-class Split(nn.Module):
+class Split(nn.Module, ABC):
     """The two parts of an event `(D,)` or `(C, H, W)`, by a mask that is True for the elements that pass.
 
     `seen` is the shape of what feeds the network, `transformed` that of what the network gives parameters for: vectors
@@ -26,13 +27,13 @@ class Split(nn.Module):
         super().__init__()
         self.register_buffer("mask", torch.tensor(passes).reshape(tuple(shape)))
 
+    @abstractmethod
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x `(*, event)` -> what the network sees `(*, seen)`, and the N elements to transform, in a row: `(*, N)`."""
-        raise TypeError(f"{type(self).__name__} must define split(x)")
+        """x `(*, event)` -> the input of the network `(*, seen)`, and the N elements to transform, in a row: `(*, N)`."""
 
+    @abstractmethod
     def join(self, seen: Tensor, value: Tensor) -> Tensor:
         """The inverse of `split`."""
-        raise TypeError(f"{type(self).__name__} must define join(seen, value)")
 
     def total(self, log_slope: Tensor) -> Tensor:
         """Σ log_slope `(*, N)` over the elements that are transformed: `(*)`."""

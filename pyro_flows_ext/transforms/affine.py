@@ -7,32 +7,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import matvec
+from ..ops import check_positive, matvec
 from ..ops.linalg import solve_triangular
-from ._constrain import check_event, check_positive
 from .base import FlowTransform
-from .conditional import ConditionalFlow
 
 
 class ElementwiseAffine(FlowTransform):
-    """y = loc + exp(log_scale) ⊙ x, with learnable `loc` and `log_scale` `(D)`; log|det| = Σ log_scale, exact.
+    """y = loc + exp(log_scale) ⊙ x, with learnable `loc` and `log_scale` `(D)`.
 
-    Starts at the identity. Shapes `(*, D)`; O(D) in both directions.
+    log|det| = Σ log_scale, exact. Starts at the identity. Cost: O(D) in both directions.
+
+    Args:
+        input_dim: D, for events `(*, D)`.
+        context_dim: number of context variables that `loc` and `log_scale` depend on.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: if `input_dim` is not positive, or in a pass if the last dimension is not D.
+
+    Example:
+        >>> y, ladj = ElementwiseAffine(3).forward_and_ladj(torch.zeros(5, 3))
+        >>> y.shape, ladj.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    def __init__(self, input_dim: int):
+    def __init__(
+        self, input_dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] | None = None
+    ):
         super().__init__()
         self.input_dim = check_positive("input_dim", input_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         y = self.loc + self.log_scale.exp() * x
         return y, self.log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         x = (y - self.loc) * (-self.log_scale).exp()
         return x, -self.log_scale.sum(-1).expand(x.shape[:-1])
 
@@ -40,34 +54,22 @@ class ElementwiseAffine(FlowTransform):
         return f"{self.input_dim}"
 
 
-class ConditionalElementwiseAffine(ConditionalFlow):
-    """`ElementwiseAffine` whose loc and scale depend on a context `(*, C)`; `.condition(context)` gives the transform.
-
-    The hyper-network's last layer emits 2D numbers a datum.
-    """
-
-    def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None):
-        super().__init__(ElementwiseAffine(input_dim), context_dim, hidden_dims)
-
-
-def elementwise_affine(input_dim: int) -> ElementwiseAffine:
-    """A learnable location and scale by coordinate: see `ElementwiseAffine`."""
-    return ElementwiseAffine(input_dim)
-
-
-def conditional_elementwise_affine(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None
-) -> ConditionalElementwiseAffine:
-    """A location and scale by coordinate, amortized over a context: see `ConditionalElementwiseAffine`."""
-    return ConditionalElementwiseAffine(input_dim, context_dim, hidden_dims)
-
-
 class Whitening(FlowTransform):
-    """y = loc + L x for a fixed vector `loc` `(D)` and lower-triangular `scale_tril` L `(D, D)`.
+    """y = loc + L x for a fixed vector `loc` `(D)` and a fixed lower-triangular matrix L = `scale_tril` `(D, D)`.
 
-    log|det| = Σ log L_ii, exact; buffers, not parameters: the flow in front of it learns in whitened coordinates.
-    Shapes `(*, D)`; O(D²) in both directions. Raises `ValueError` for shapes that do not fit, values that are not
-    finite, or a diagonal that is not positive.
+    log|det| = Σ log L_ii, exact. `loc` and L are buffers, not parameters: the flow in front of this layer learns in
+    whitened coordinates. Cost: O(D²) in both directions.
+
+    Args:
+        loc: `(D)`.
+        scale_tril: `(D, D)`, with a positive diagonal; what lies above the diagonal is ignored.
+
+    Raises:
+        ValueError: if shapes do not fit, values are not finite, or the diagonal is not positive.
+
+    Example:
+        >>> Whitening(torch.ones(2), 3 * torch.eye(2))(torch.zeros(2))
+        tensor([1., 1.])
     """
 
     loc: Tensor
@@ -81,14 +83,14 @@ class Whitening(FlowTransform):
         self.register_buffer("scale_tril", scale_tril.detach().tril())
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         y = self.loc + matvec(self.scale_tril, x)
         return y, self._ladj().expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         x = solve_triangular(self.scale_tril, y - self.loc, upper=False)
-        return x, -self._ladj().expand(y.shape[:-1])
+        return x, -self._ladj().expand(x.shape[:-1])
 
     def _ladj(self) -> Tensor:
         return self.scale_tril.diagonal().log().sum()

@@ -1,4 +1,4 @@
-"""Autoregressive flows, affine and by splines; IAF in one orientation, MAF in the other."""
+"""Autoregressive flows, affine, by splines, or by any elementwise map; IAF in one orientation, MAF in the other."""
 
 from __future__ import annotations
 
@@ -9,196 +9,97 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..nn import MADE
-from ..ops import rq_spline, triangular_fixed_point
-from ._constrain import bounded_affine, check_event, check_positive
+from ..ops import check_context_dim, check_positive, triangular_fixed_point
 from .base import FlowTransform
-from .conditional import ContextualFlow
+from .transformers import Transformer, check_transformer
 
 
-class AutoregressiveOptions(TypedDict, total=False):
-    """Keywords that all autoregressive flows share, and hand to `nn.MADE`."""
+class MADEOptions(TypedDict, total=False):
+    """Keywords of the network of an autoregressive flow: see `nn.MADE`."""
 
     order: Sequence[int] | None
     activation: Callable[[], nn.Module]
     residual: bool
 
 
-class SplineAutoregressiveOptions(AutoregressiveOptions, total=False):
-    """Keywords of autoregressive flows of splines: see `SplineAutoregressive`."""
+class AutoregressiveOptions(MADEOptions, total=False):
+    """Keywords of autoregressive flows: see `Autoregressive`."""
 
-    num_bins: int
-    bound: float
+    context_dim: int
 
 
 class Autoregressive(FlowTransform):
-    """y_i = g(x_i; θ_i) with θ_i a function of the x_j before i; log|det| = Σ_i log g'(x_i; θ_i), exact.
+    """y_i = g(x_i; θ_i) with θ_i a function of the x_j before i and of the context; log|det| = Σ_i log g'(x_i; θ_i), exact.
 
-    A subclass writes g, elementwise and increasing, in both directions (`_elementwise`) and says how many parameters
-    it has. The θ_i of all i come from one masked network, which starts at zero, and the transform at the identity with
-    it: see `nn.MADE` for `hidden_dims`, `order`, `activation`, `residual`. `context_dim` > 0 makes a layer that needs
-    `with_context`: use the conditional classes.
+    The θ_i of all i come from one masked network, which starts at zero, and the transform at g(·; 0) with it.
 
     The forward direction is one pass of the network. The inverse sweeps x <- g⁻¹(y; θ(x)) over all variables at once,
-    D times at most, until nothing changes: see `ops.triangular_fixed_point`. How many sweeps that takes depends on how
-    long the chains of strong dependences are, not on D: 10 to 25 of 64 as a rule, nearly all of them where each
-    variable is a wild function of the one before it. Gradients through the inverse are implicit: their memory does not
-    grow with the sweeps, and second derivatives need `torch.func`.
+    until nothing changes, D times at most: see `ops.triangular_fixed_point`. 10 to 25 sweeps are usual for D = 64.
+    Gradients through the inverse are implicit: their memory does not grow with the sweeps, and second derivatives
+    need `torch.func`. Under `torch.compile` and `torch.func` the inverse takes D sweeps with a graph.
 
-    So `TransformedDistribution(base, [t])` samples fast and scores its own samples for free (the inverse
-    autoregressive flow of Kingma et al. 2016, for guides), and `TransformedDistribution(base, [t.inv])` scores any
-    value fast (the masked autoregressive flow of Papamakarios et al. 2017, for data). This is the convention of Pyro's
-    own classes.
+    So `TransformedDistribution(base, [t])` samples fast and scores its own samples at no cost (IAF, for guides), and
+    `TransformedDistribution(base, [t.inv])` scores any value fast (MAF, for data), as Pyro's own classes do.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Under `torch.compile` and `torch.func`, which cannot stop early, the
-    inverse is D sweeps with a graph. Raises `ValueError` when the last dimension is not D, when `order` is no
-    permutation, or when a context is needed and none was given.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        hidden_dims: widths of the network; two layers of max(64, 2D) by default.
+        transformer: g; `Affine()` by default. See `Transformer`.
+        context_dim: number of context variables that the network reads.
+        options: `order`, `activation` and `residual` of `nn.MADE`.
+
+    Raises:
+        ValueError: if `order` is not a permutation, or in a pass if the last dimension is not D.
+        TypeError: if `transformer` is not a `Transformer`.
+
+    Example:
+        >>> iaf_layer = Autoregressive(3, (32, 32))
+        >>> maf_layer = Autoregressive(3, transformer=RationalQuadratic(), order=[2, 1, 0]).inv
+
+    References:
+        Kingma et al. 2016, Improving Variational Inference with Inverse Autoregressive Flow; Papamakarios, Pavlakou &
+        Murray 2017, Masked Autoregressive Flow for Density Estimation; Durkan et al. 2019, Neural Spline Flows.
     """
+
+    inverts_iteratively = True
 
     def __init__(
         self,
         input_dim: int,
-        num_params: int,
         hidden_dims: Sequence[int] | None = None,
         *,
+        transformer: Transformer | None = None,
         context_dim: int = 0,
-        **options: Unpack[AutoregressiveOptions],
+        **options: Unpack[MADEOptions],
     ):
         super().__init__()
         self.input_dim = check_positive("input_dim", input_dim)
-        self.context_dim = context_dim
-        self.net = MADE(self.input_dim, num_params, hidden_dims, context_dim=context_dim, **options)
-
-    def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """g or g⁻¹ at x `(*, D)` under θ `(*, P, D)`, and the logarithm of its derivative, `(*, D)` both."""
-        raise TypeError(f"{type(self).__name__} must define _elementwise(x, theta, inverse)")
+        self.context_dim = check_context_dim(context_dim)
+        self.transformer = check_transformer(transformer)
+        self.net = MADE(
+            self.input_dim,
+            self.transformer.num_params,
+            hidden_dims,
+            context_dim=self.context_dim,
+            **options,
+        )
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
-        y, log_slope = self._elementwise(x, self._conditioner()(x), inverse=False)
+        self._check_input("x", x)
+        y, log_slope = self.transformer.forward(x, self.net.bind(self.context)(x))
         return y, log_slope.sum(-1)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
-        conditioner = self._conditioner()
+        self._check_input("y", y)
+        conditioner = self.net.bind(self.context)
 
         def sweep(x: Tensor) -> tuple[Tensor, Tensor]:
-            x, log_slope = self._elementwise(y, conditioner(x), inverse=True)
+            x, log_slope = self.transformer.inverse(y, conditioner(x))
             return x, log_slope.sum(-1).expand(x.shape[:-1])
 
         # The first sweep is over one row of zeros, which costs the network next to nothing.
         start = y.new_zeros((1,) * (y.dim() - 1) + (self.input_dim,))
         return triangular_fixed_point(sweep, start, self.input_dim)
 
-    def _conditioner(self) -> Callable[[Tensor], Tensor]:
-        """The network as a function of x alone."""
-        return self.net.bind(self._read_context())
-
     def extra_repr(self) -> str:
-        return f"{self.input_dim}"
-
-
-class AffineAutoregressive(Autoregressive):
-    """y_i = μ_i + σ_i x_i, with μ_i and σ_i functions of the x_j before i; log|det| = Σ log σ_i: an `Autoregressive`.
-
-    |log σ_i| < log 1000 for any parameter value.
-
-    Source: Kingma et al. 2016, Improving Variational Inference with Inverse Autoregressive Flow; Papamakarios, Pavlakou
-    & Murray 2017, Masked Autoregressive Flow for Density Estimation.
-    """
-
-    def __init__(
-        self,
-        input_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        *,
-        context_dim: int = 0,
-        **options: Unpack[AutoregressiveOptions],
-    ):
-        super().__init__(input_dim, 2, hidden_dims, context_dim=context_dim, **options)
-
-    def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        shift, raw = theta.unbind(-2)
-        return bounded_affine(x, shift, raw, inverse=inverse)
-
-
-class SplineAutoregressive(Autoregressive):
-    """y_i = g(x_i; θ_i), g a monotone rational-quadratic spline whose knots are functions of the x_j before i.
-
-    log|det| = Σ log g', exact. Each g has `num_bins` bins on [-bound, bound] and is the identity outside: see
-    `ops.rq_spline`. An `Autoregressive`. Raises `ValueError` unless `num_bins` and `bound` are positive.
-
-    Source: Durkan, Bekasov, Murray & Papamakarios 2019, Neural Spline Flows: RQ-NSF (AR).
-    """
-
-    def __init__(
-        self,
-        input_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        *,
-        num_bins: int = 8,
-        bound: float = 3.0,
-        context_dim: int = 0,
-        **options: Unpack[AutoregressiveOptions],
-    ):
-        num_bins = check_positive("num_bins", num_bins)
-        if not bound > 0:
-            raise ValueError(f"bound: expected a positive number, got {bound!r}")
-        num_params = 3 * num_bins - 1
-        super().__init__(input_dim, num_params, hidden_dims, context_dim=context_dim, **options)
-        self.num_bins, self.bound = num_bins, float(bound)
-
-    def _elementwise(self, x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return rq_spline(x, theta.mT, bound=self.bound, inverse=inverse)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_bins={self.num_bins}, bound={self.bound:g}"
-
-
-class ConditionalAffineAutoregressive(ContextualFlow):
-    """`AffineAutoregressive` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
-
-    base = AffineAutoregressive
-
-
-class ConditionalSplineAutoregressive(ContextualFlow):
-    """`SplineAutoregressive` whose network also sees a context `(*, C)`; `.condition(context)` gives the transform."""
-
-    base = SplineAutoregressive
-
-
-def affine_autoregressive(
-    input_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: Unpack[AutoregressiveOptions],
-) -> AffineAutoregressive:
-    """An affine autoregressive flow, fast forward (IAF); `.inv` is fast backward (MAF): see `AffineAutoregressive`."""
-    return AffineAutoregressive(input_dim, hidden_dims, **options)
-
-
-def spline_autoregressive(
-    input_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: Unpack[SplineAutoregressiveOptions],
-) -> SplineAutoregressive:
-    """An autoregressive flow of splines, fast forward; `.inv` is fast backward: see `SplineAutoregressive`."""
-    return SplineAutoregressive(input_dim, hidden_dims, **options)
-
-
-def conditional_affine_autoregressive(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: Unpack[AutoregressiveOptions],
-) -> ConditionalAffineAutoregressive:
-    """An affine autoregressive flow amortized over a context: see `ConditionalAffineAutoregressive`."""
-    return ConditionalAffineAutoregressive(input_dim, context_dim, hidden_dims, **options)
-
-
-def conditional_spline_autoregressive(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: Unpack[SplineAutoregressiveOptions],
-) -> ConditionalSplineAutoregressive:
-    """An autoregressive flow of splines amortized over a context: see `ConditionalSplineAutoregressive`."""
-    return ConditionalSplineAutoregressive(input_dim, context_dim, hidden_dims, **options)
+        return f"{self.input_dim}, transformer={self.transformer!r}"

@@ -1,55 +1,174 @@
-"""`FlowTransform`: two methods to write, everything that Pyro and torch expect of a transform derived from them."""
+"""`FlowTransform`: two methods to write; everything that Pyro and torch expect of a transform is derived from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .cache import PassCache
+from ..nn import HyperNetwork
+from ..ops import check_context_dim, check_event
+from .cache import PassCache, find_state
+
+# The constraint of images (C, H, W).
+IMAGE = constraints.independent(constraints.real, 3)
 
 _UNSAVED = ("_pass_cache", "_inverse_view")
 
 
-class FlowTransform(TransformModule):
-    """An invertible, differentiable map with parameters: y = f(x), with log|det Df| from the same pass.
+class FlowTransform(TransformModule, ConditionalTransformModule):
+    """An invertible, differentiable map with parameters: y = f(x), and log|det Df(x)| from the same pass.
 
     A subclass writes
 
         forward_and_ladj(x) -> (y, ladj)    # x: (*, D) -> y: (*, D), ladj: (*)
         inverse_and_ladj(y) -> (x, ladj)    # ladj of the inverse map at y: minus the forward one at x
 
-    as pure functions of their argument and the parameters, for any values, drawn by the transform or not. The rest
-    follows: `t(x)`, `t.inv(y)` and `t.log_abs_det_jacobian(x, y)` remember their last pass, so that sampling and
-    scoring the same value costs one; `t.inv` is a module that shares the parameters, so that either orientation
-    trains; and the transform works wherever Pyro or torch takes one (`TransformedDistribution`,
-    `ComposeTransformModule`, `AutoNormalizingFlow`, NeuTra).
+    as pure functions of their argument and the parameters. `t(x)`, `t.inv(y)` and `t.log_abs_det_jacobian(x, y)`
+    reuse the last pass, so that sampling and scoring the same value costs one. `t.inv` is a module over the same
+    parameters. A `FlowTransform` works wherever Pyro or torch takes a transform or a conditional transform.
 
-    `batch_shape` is `()` except for a transform bound to a batch of parameters (see `bind`).
+    A transform with `context_dim` C > 0 depends on a context: `t.condition(context)` returns the transform at a
+    context `(*, C)`, of batch shape `(*)`. Without a context, `condition` returns the transform itself. A subclass
+    calls `add_hyper_network` to let its parameters depend on the context, or reads `self.context` in its networks.
+
+    Attributes:
+        domain, codomain: constraints of the input and the output.
+        batch_shape: `()` except for a transform at a batch of contexts or parameters (see `bind`).
+        context_dim: number of context variables that `condition` expects; 0 for none, and once conditioned.
+        context: the context `(*, C)` of a conditioned transform whose networks read one.
+        inverts_iteratively: True if drawing and scoring in one of the two directions takes sweeps or root finding.
     """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
     batch_shape = torch.Size()
-    context_dim = 0  # of the context that its networks take
+    context_dim = 0
     context: Tensor | None = None
+    inverts_iteratively = False
 
     def __init__(self) -> None:
         super().__init__(cache_size=1)
 
+    @abstractmethod
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y = f(x) and log|det Df(x)|, in one pass."""
-        raise TypeError(f"{type(self).__name__} must define forward_and_ladj(x)")
+        """Returns y = f(x) `(*, D)` and log|det Df(x)| `(*)`, in one pass."""
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x = f⁻¹(y) and log|det Df⁻¹(y)|, in one pass."""
-        raise TypeError(f"{type(self).__name__} must define inverse_and_ladj(y)")
+        """Returns x = f⁻¹(y) `(*, D)` and log|det Df⁻¹(y)| `(*)`, in one pass."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected a subclass with an inverse, got one without; define inverse_and_ladj(y)"
+        )
+
+    # --- conditioning ---
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """Returns the transform at a context.
+
+        Args:
+            context: `(*, context_dim)`; its leading dimensions become the `batch_shape` of the result.
+
+        Returns:
+            A transform over the same parameters, with `context_dim` 0; the transform itself where it depends on
+            no context.
+
+        Raises:
+            ValueError: if the last dimension of `context` is not `context_dim`.
+        """
+        if not self.context_dim:
+            return self
+        check_event("context", context, self.context_dim)
+        hyper = self._modules.get("hyper")
+        if hyper is not None:
+            return self.bind({name: self._shifted(name, h) for name, h in hyper(context).items()})
+        view = self._view(context.shape[:-1], *self.__dict__.get("_bound", ()), context)
+        view.__dict__.update(context=context, context_dim=0)
+        return view
+
+    def add_hyper_network(self, context_dim: int, hidden_dims: Sequence[int] | None = None) -> None:
+        """Lets the parameters of this transform depend on a context c: θ + h(c), h a multilayer perceptron.
+
+        To be called at the end of a subclass's `__init__`. The last layer of h starts at zero, so that the
+        transform starts as the unconditional one. Does nothing for `context_dim` 0.
+
+        Args:
+            context_dim: number of context variables.
+            hidden_dims: widths of the hidden layers of h; `(64, 64)` by default.
+
+        Raises:
+            ValueError: if `context_dim` is negative, or is 0 and `hidden_dims` is given.
+        """
+        self.context_dim = check_context_dim(context_dim)
+        if self.context_dim:
+            shapes = {name: p.shape for name, p in self.named_parameters(recurse=False)}
+            self.hyper = HyperNetwork(self.context_dim, shapes, hidden_dims)
+        elif hidden_dims is not None:
+            raise ValueError(
+                f"hidden_dims: expected None where context_dim is 0, got {hidden_dims!r}; these are the widths of the "
+                "network that reads a context, give context_dim too"
+            )
+
+    def _shifted(self, name: str, offset: Tensor) -> Tensor:
+        """The parameter θ + h where the hyper-network emits h `(*, shape)`."""
+        return getattr(self, name) + offset  # type: ignore[no-any-return]
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Returns this transform with tensors in place of some of its parameters, with gradients through them.
+
+        Args:
+            tensors: by parameter name, tensors of shape `(*, shape of the parameter)`; the broadcast leading
+                dimensions become the `batch_shape` of the result.
+
+        Raises:
+            ValueError: if a tensor does not end in the shape of its parameter.
+        """
+        batch_shapes = []
+        for name, tensor in tensors.items():
+            shape = self._parameters[name].shape  # type: ignore[union-attr]
+            cut = tensor.dim() - len(shape)
+            if cut < 0 or tensor.shape[cut:] != shape:
+                raise ValueError(
+                    f"{name}: expected shape (*, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}"
+                )
+            batch_shapes.append(tensor.shape[:cut])
+        view = self._view(torch.broadcast_shapes(*batch_shapes), *tensors.values())
+        view.__dict__["_parameters"] = {
+            k: v for k, v in self._parameters.items() if k not in tensors
+        }
+        view.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "hyper"}
+        view.__dict__.update(tensors, context_dim=0)
+        return view
+
+    def _view(self, batch_shape: torch.Size, *bound: Tensor) -> Self:
+        """A shallow copy over the same parameters that depends on the `bound` tensors too."""
+        view = object.__new__(type(self))
+        view.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _UNSAVED})
+        view.__dict__.update(_bound=bound, batch_shape=batch_shape)
+        return view
+
+    def _with_modules(self, batch_shape: torch.Size, **modules: nn.Module) -> Self:
+        """A shallow copy with some children replaced by ones that need no context any more."""
+        view = self._view(batch_shape)
+        view.__dict__["_modules"] = {**self._modules, **modules}
+        view.__dict__["context_dim"] = 0
+        return view
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        """Raises `ValueError` unless x is `(*, input_dim)` and no context is missing."""
+        if self.context_dim:
+            raise ValueError(
+                f"{type(self).__name__}: expected a call of condition(context) first, with a context of shape "
+                f"(*, {self.context_dim}), got none"
+            )
+        check_event(name, x, self.input_dim)  # type: ignore[arg-type]
 
     # --- the torch.distributions.Transform protocol, through the cache ---
 
@@ -68,7 +187,7 @@ class FlowTransform(TransformModule):
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det Df(x)|, shape `(*)`; free when x and y come from the last pass, one forward pass otherwise."""
+        """Returns log|det Df(x)| `(*)`: at no cost if x and y come from the last pass, by a forward pass otherwise."""
         if (hit := self._lookup(x=x, y=y)) is not None:
             return hit[2]
         return self.forward_and_ladj(x)[1]
@@ -81,8 +200,7 @@ class FlowTransform(TransformModule):
 
     @property
     def sign(self) -> int:
-        """The sign of the Jacobian determinant: +1, as every family here that does not say otherwise keeps volume's
-        orientation; 0 where it depends on the size of the event."""
+        """The sign of the Jacobian determinant: +1 unless a family says otherwise, 0 where it is not known."""
         return 1
 
     @property
@@ -95,17 +213,17 @@ class FlowTransform(TransformModule):
         return view
 
     def with_cache(self, cache_size: int = 1) -> Self:
-        """This transform: its cache is always on, and safe."""
+        """Returns this transform: its cache is always on, and safe."""
         return self
 
     # --- shapes ---
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of f(x) for x of `shape`; a batch of parameters broadcasts."""
+        """Returns the shape of f(x) for x of `shape`, broadcast against `batch_shape`."""
         return self._broadcast_shape(shape, self.domain.event_dim)
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of f⁻¹(y) for y of `shape`; a batch of parameters broadcasts."""
+        """Returns the shape of f⁻¹(y) for y of `shape`, broadcast against `batch_shape`."""
         return self._broadcast_shape(shape, self.codomain.event_dim)
 
     def _broadcast_shape(self, shape: Sequence[int], event_dim: int) -> torch.Size:
@@ -117,96 +235,63 @@ class FlowTransform(TransformModule):
         batch = torch.broadcast_shapes(tuple(shape[:cut]), self.batch_shape)
         return torch.Size(batch) + torch.Size(shape[cut:])
 
-    # --- parameters of one's own, or somebody else's ---
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Self:
-        """This transform with `tensors` in place of the parameters of the same names, with gradients through them.
-
-        Each tensor has the shape of its parameter behind any number of batch dimensions, which become the
-        `batch_shape` of the result; this is how a hyper-network makes one transform per datum.
-        """
-        batch_shapes = []
-        for name, tensor in tensors.items():
-            shape = self._parameters[name].shape  # type: ignore[union-attr]
-            cut = tensor.dim() - len(shape)
-            if cut < 0 or tensor.shape[cut:] != shape:
-                raise ValueError(
-                    f"{name}: expected shape (*, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}"
-                )
-            batch_shapes.append(tensor.shape[:cut])
-        view = self._view(torch.broadcast_shapes(*batch_shapes), *tensors.values())
-        view.__dict__["_parameters"] = {
-            k: v for k, v in self._parameters.items() if k not in tensors
-        }
-        view.__dict__.update(tensors)
-        return view
-
-    def with_context(self, context: Tensor) -> Self:
-        """This transform with `context` `(*, C)` as an input of its networks, where it has any that take one.
-
-        The leading dimensions become the `batch_shape` of the result; parameters are shared.
-        """
-        view = self._view(context.shape[:-1], context)
-        view.__dict__["context"] = context
-        return view
-
-    def _read_context(self) -> Tensor | None:
-        """The context for the networks: None where they take none; `ValueError` where one is missing."""
-        if not self.context_dim:
-            return None
-        if self.context is None:
-            raise ValueError(
-                f"{type(self).__name__}: built with context_dim={self.context_dim}; call condition(context) first"
-            )
-        return self.context
-
-    def _view(self, batch_shape: torch.Size, *bound: Tensor) -> Self:
-        """A shallow copy over the same parameters that depends on the `bound` tensors too."""
-        view = object.__new__(type(self))
-        view.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _UNSAVED})
-        view.__dict__.update(_bound=bound, batch_shape=batch_shape)
-        return view
-
     # --- the cache ---
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a pass depends on beside its argument."""
-        if self._modules:
-            state = [*self.parameters(), *self.buffers()]
-        else:
-            state = [t for t in self._parameters.values() if t is not None]
-            state += [t for t in self._buffers.values() if t is not None]
-        return [*state, *self.__dict__.get("_bound", ())]
+        return find_state(self)
 
     def _lookup(
         self, x: Tensor | None = None, y: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if torch.compiler.is_compiling():
-            return None
         cache = self.__dict__.get("_pass_cache")
-        return None if cache is None else cache.lookup(self, x=x, y=y)
+        if cache is None or torch.compiler.is_compiling():
+            return None
+        return cache.lookup(self, x=x, y=y)  # type: ignore[no-any-return]
 
     def _store(self, input: Tensor, output: Tensor, ladj: Tensor, *, is_forward: bool) -> None:
         if not torch.compiler.is_compiling():
-            cache = self.__dict__.setdefault("_pass_cache", PassCache())
+            cache = self.__dict__.get("_pass_cache")
+            if cache is None:
+                cache = self.__dict__["_pass_cache"] = PassCache()
             cache.store(self, input, output, ladj, is_forward=is_forward)
 
     def clear_cache(self) -> None:
-        """Forgets the last pass; needed only after writing `parameter.data` by hand."""
+        """Drops the last pass; needed only after a write to `parameter.data` by hand."""
         if (cache := self.__dict__.get("_pass_cache")) is not None:
             cache.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.clear_cache()  # `.to()` and `.double()` write `.data`, which moves no version
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)
         return {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
 
     def __repr__(self) -> str:
-        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
-        return f"{type(self).__name__}({self.extra_repr()}{batch})"
+        return f"{type(self).__name__}({', '.join(filter(None, self._repr_parts()))})"
+
+    def _repr_parts(self) -> Iterable[str]:
+        yield self.extra_repr()
+        if self.context_dim:
+            yield f"context_dim={self.context_dim}"
+        if self.batch_shape:
+            yield f"batch_shape={tuple(self.batch_shape)}"
+
+
+def common_context_dim(parts: Iterable[FlowTransform]) -> int:
+    """Returns the `context_dim` of the parts that depend on a context, 0 if none does.
+
+    Raises:
+        ValueError: if two parts expect contexts of different sizes.
+    """
+    sizes = {part.context_dim for part in parts} - {0}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"parts: expected one context_dim for all parts that take a context, got {sorted(sizes)}"
+        )
+    return sizes.pop() if sizes else 0
 
 
 def forget_param_store(module: nn.Module) -> None:
@@ -234,13 +319,23 @@ class InverseFlow(FlowTransform):
     def bind(self, tensors: Mapping[str, Tensor]) -> FlowTransform:  # type: ignore[override]
         return self.transform.bind(tensors).inv
 
-    def with_context(self, context: Tensor) -> FlowTransform:  # type: ignore[override]
-        return self.transform.with_context(context).inv
+    def condition(self, context: Tensor) -> FlowTransform:
+        return self.transform.condition(context).inv
+
+    @property
+    def context_dim(self) -> int:  # type: ignore[override]
+        return self.transform.context_dim
 
     # One cache for both orientations: the transform's own.
 
     def _state(self) -> list[Tensor]:
         return self.transform._state()
+
+    def _lookup(
+        self, x: Tensor | None = None, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        hit = self.transform._lookup(x=y, y=x)
+        return None if hit is None else (hit[1], hit[0], -hit[2])
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.transform._inv_call(x)
@@ -249,7 +344,7 @@ class InverseFlow(FlowTransform):
         return self.transform(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det Df⁻¹(x)|: minus the transform's own at (y, x)."""
+        """Returns log|det Df⁻¹(x)|: minus that of the transform at (y, x)."""
         return -self.transform.log_abs_det_jacobian(y, x)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:

@@ -1,26 +1,124 @@
-"""Composition of transforms into one, plain and conditional."""
+"""Composition of transforms into one."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .base import FlowTransform
-from .conditional import ConditionalModule
+from .base import FlowTransform, InverseFlow, common_context_dim
 
 
-class _Chain:
-    """Parts that are reached by `len`, iteration and indexing, and listed by `repr`."""
+class ComposeFlow(FlowTransform):
+    """y = f_K(... f_1(x)), with log-dets added up: several transforms as one.
 
-    parts: nn.ModuleList
+    Unlike `pyro.distributions.transforms.ComposeTransformModule`, it returns value and log-det of the whole chain in
+    one pass, in either direction. `len`, iteration and indexing reach the parts. With parts that depend on a
+    context, `condition(context)` conditions all of them.
+
+    Args:
+        parts: the transforms f_1, ..., f_K, in the order in which they apply.
+
+    Raises:
+        TypeError: if a part is not a `FlowTransform`.
+        ValueError: if there are no parts, or if two of them expect contexts of different sizes.
+
+    Example:
+        >>> flow = ComposeFlow([ElementwiseAffine(3), Planar(3, context_dim=2)])
+        >>> flow.condition(torch.zeros(5, 2)).forward_shape((3,))
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, parts: Sequence[FlowTransform]):
+        super().__init__()
+        parts = list(parts)
+        if not parts:
+            raise ValueError("parts: expected at least one transform, got none")
+        for part in parts:
+            if not isinstance(part, FlowTransform):
+                raise TypeError(f"parts: expected FlowTransforms, got a {type(part).__name__}")
+        self.parts = nn.ModuleList(parts)
+        self.context_dim = common_context_dim(parts)
+        # Constant for the life of the chain, and asked for at every pass.
+        self._outer_dims = _outer_dims(parts)
+        self.batch_shape = self._find_batch_shape(parts)
+        self._keeps_shape = all(map(_keeps_shape, parts))
+        self._find_ends()
+
+    def _find_ends(self) -> None:
+        self.domain = _widened(self[0].domain, self._outer_dims[0])
+        self.codomain = _widened(self[-1].codomain, self._outer_dims[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch and Pyro compare constraints by identity, which a copy of one would not have.
+        state = super().__getstate__()
+        return {k: v for k, v in state.items() if k not in ("domain", "codomain")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_ends()
+
+    def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total: Any = None
+        for part, outer in zip(self.parts, self._outer_dims, strict=True):
+            x, ladj = part.forward_and_ladj(x)  # type: ignore[operator]
+            ladj = sum_rightmost(ladj, outer) if outer else ladj
+            total = ladj if total is None else total + ladj
+        return x, total
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        total: Any = None
+        for part, outer in zip(reversed(self.parts), self._outer_dims[::-1], strict=True):
+            y, ladj = part.inverse_and_ladj(y)  # type: ignore[operator]
+            ladj = sum_rightmost(ladj, outer) if outer else ladj
+            total = ladj if total is None else total + ladj
+        return y, total
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        if self._keeps_shape:
+            return self._broadcast_shape(shape, self.domain.event_dim)
+        for part in self:
+            shape = part.forward_shape(shape)
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        if self._keeps_shape:
+            return self._broadcast_shape(shape, self.codomain.event_dim)
+        for part in reversed(list(self)):
+            shape = part.inverse_shape(shape)
+        return torch.Size(shape)
+
+    def _find_batch_shape(self, parts: Sequence[FlowTransform]) -> torch.Size:
+        shapes = (part.batch_shape for part in parts)
+        return torch.broadcast_shapes(
+            *(s[: max(0, len(s) - n)] for s, n in zip(shapes, self._outer_dims, strict=True))
+        )
+
+    @property
+    def sign(self) -> int:
+        sign = 1
+        for part in self:
+            sign = sign * part.sign
+        return sign
+
+    def condition(self, context: Tensor) -> Self:
+        """Returns this chain with all parts at a context `(*, context_dim)`; itself where no part depends on one."""
+        if not self.context_dim:
+            return self
+        parts = [part.condition(context) for part in self]
+        return self._with_modules(self._find_batch_shape(parts), parts=nn.ModuleList(parts))
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Raises `TypeError`: a chain has no parameters of its own, its parts have."""
+        raise TypeError(
+            f"bind: expected a transform with parameters, got a {type(self).__name__}, whose parts have them; bind the "
+            "parts and compose the results, or build the parts with context_dim and call condition(context)"
+        )
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -36,143 +134,6 @@ class _Chain:
         return "\n".join([f"{type(self).__name__}(", *lines, ")"])
 
 
-class ComposeFlow(_Chain, FlowTransform):
-    """y = f_K(... f_1(x)), with the log-dets added up: several transforms as one.
-
-    Unlike `ComposeTransformModule` it gives the value and the log-det of the whole chain in one pass, in either
-    direction. `len`, iteration and indexing reach the parts. Raises `TypeError` for a part that is no
-    `FlowTransform`, `ValueError` for none at all.
-    """
-
-    def __init__(self, parts: Sequence[FlowTransform]):
-        super().__init__()
-        parts = list(parts)
-        if not parts:
-            raise ValueError("parts: expected at least one transform, got none")
-        for part in parts:
-            if not isinstance(part, FlowTransform):
-                raise TypeError(f"parts: expected FlowTransforms, got a {type(part).__name__}")
-        self.parts = nn.ModuleList(parts)
-        self._outer_dims = _outer_dims(parts)
-
-    def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._chain("forward_and_ladj", x, 1)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._chain("inverse_and_ladj", y, -1)
-
-    def _chain(self, method: str, x: Tensor, order: int) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part, outer in zip(list(self)[::order], self._outer_dims[::order], strict=True):
-            x, ladj = getattr(part, method)(x)
-            ladjs.append(sum_rightmost(ladj, outer))
-        return x, functools.reduce(torch.add, ladjs)
-
-    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        for part in self:
-            shape = part.forward_shape(shape)
-        return torch.Size(shape)
-
-    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        for part in reversed(list(self)):
-            shape = part.inverse_shape(shape)
-        return torch.Size(shape)
-
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
-        return _widened(self[0].domain, self._outer_dims[0])
-
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
-        return _widened(self[-1].codomain, self._outer_dims[-1])
-
-    @property
-    def batch_shape(self) -> torch.Size:  # type: ignore[override]
-        shapes = (part.batch_shape for part in self)
-        return torch.broadcast_shapes(
-            *(s[: max(0, len(s) - n)] for s, n in zip(shapes, self._outer_dims, strict=True))
-        )
-
-    @property
-    def sign(self) -> int:
-        sign = 1
-        for part in self:
-            sign = sign * part.sign
-        return sign
-
-    def with_context(self, context: Tensor) -> Self:
-        """This chain with `context` `(*, C)` given to every part that was built to read one, the others as they are.
-
-        Raises `ValueError` when no part reads a context.
-        """
-        if not reads_context(self):
-            raise ValueError(
-                "with_context: no part of this ComposeFlow reads a context; build parts with context_dim > 0"
-            )
-        view = self._view(torch.Size())  # the batch shape comes from the parts
-        parts = nn.ModuleList([at_context(part, context) for part in self])
-        view.__dict__["_modules"] = {**self._modules, "parts": parts}
-        return view
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Self:
-        """Raises `TypeError`: a chain has no parameters of its own to replace, its parts have."""
-        raise TypeError(
-            f"bind: a {type(self).__name__} has no parameters of its own; bind its parts and compose the results, or for "
-            "parameters by context make the parts conditional and compose them by ConditionalComposeFlow"
-        )
-
-    def _state(self) -> list[Tensor]:
-        # By part: what a part is bound to is no parameter of anything.
-        return [t for part in self for t in part._state()]
-
-
-class ConditionalComposeFlow(_Chain, ConditionalModule):
-    """x -> f_K(... f_1(x; c) ...; c): several transforms as one, of which some depend on a context.
-
-    `parts` are `FlowTransform`s and conditional transforms, in the order in which they apply. `condition(context)` with
-    a context `(*, C)` gives it to all parts that take one and returns a `ComposeFlow` of batch shape `(*)`, over the
-    same parameters. `len`, iteration and indexing reach the parts.
-    Raises `TypeError` for a part that is neither, `ValueError` when no part takes a context.
-    """
-
-    def __init__(self, parts: Sequence[FlowTransform | ConditionalTransformModule]):
-        super().__init__()
-        parts = list(parts)
-        for part in parts:
-            if not isinstance(part, FlowTransform | ConditionalTransformModule):
-                raise TypeError(
-                    f"parts: expected FlowTransforms and ConditionalTransformModules, got a {type(part).__name__}"
-                )
-        if not any(map(reads_context, parts)):
-            raise ValueError(
-                "parts: expected at least one that takes a context, got none; use ComposeFlow"
-            )
-        self.parts = nn.ModuleList(parts)
-
-    def condition(self, context: Tensor) -> ComposeFlow:
-        """The transform for this context: `(*, C)` -> a `ComposeFlow` of batch shape `(*)`."""
-        return ComposeFlow([at_context(part, context) for part in self])
-
-
-def reads_context(part: FlowTransform | ConditionalTransformModule) -> bool:
-    """Whether a context changes this transform: it is conditional, or was built with a `context_dim`."""
-    if isinstance(part, ConditionalTransformModule):
-        return True
-    if isinstance(part, ComposeFlow):
-        return any(map(reads_context, part))
-    inner = getattr(part, "transform", None)  # of an inverse, or what another wraps
-    return bool(getattr(part, "context_dim", 0)) or (
-        isinstance(inner, FlowTransform) and reads_context(inner)
-    )
-
-
-def at_context(part: FlowTransform | ConditionalTransformModule, context: Tensor) -> FlowTransform:
-    """The transform at this context; the part itself where it reads none."""
-    if isinstance(part, ConditionalTransformModule):
-        return part.condition(context)
-    return part.with_context(context) if reads_context(part) else part
-
-
 def _outer_dims(parts: Sequence[FlowTransform]) -> list[int]:
     """For each part, how many dimensions of the chain's event at that place lie outside the part's own event."""
     # The number of dimensions of the chain's event where it begins, if each part's own event shall fit in.
@@ -185,6 +146,20 @@ def _outer_dims(parts: Sequence[FlowTransform]) -> list[int]:
         outer.append(event_dim - part.domain.event_dim)
         event_dim += part.codomain.event_dim - part.domain.event_dim
     return outer
+
+
+def _keeps_shape(part: FlowTransform) -> bool:
+    """Whether events keep their shape and broadcast against the batch shape alone."""
+    if isinstance(part, InverseFlow):
+        return _keeps_shape(part.transform)
+    if isinstance(part, ComposeFlow):
+        return part._keeps_shape
+    cls = type(part)
+    return (
+        cls.forward_shape is FlowTransform.forward_shape
+        and cls.inverse_shape is FlowTransform.inverse_shape
+        and part.domain.event_dim == part.codomain.event_dim
+    )
 
 
 def _widened(constraint: Any, outer: int) -> Any:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from ._constrain import check_event, check_positive
+from ..ops import check_context_dim, check_positive
 from .base import FlowTransform
-from .conditional import ContextualFlow
 
 Potential = Callable[..., Tensor]
 Tempering = Literal[False, "quadratic", "free"]
@@ -22,43 +20,39 @@ Tempering = Literal[False, "quadratic", "free"]
 INITIAL_BETA = 0.9
 
 
-class LeapfrogOptions(TypedDict, total=False):
-    """Keywords of leapfrog flows: see `Leapfrog`."""
-
-    step_size: float
-    tempering: Tempering
-
-
 class Leapfrog(FlowTransform):
-    """`num_layers` leapfrog steps on x = (z, ρ), a position and its momentum of D = `latent_dim` numbers each:
+    """K = `num_layers` leapfrog steps on x = (z, ρ), a position and its momentum of D numbers each:
 
         ρ <- ρ - ½ ε_k ⊙ ∇U(z),    z <- z + ε_k ⊙ ρ / m,    ρ <- α_k (ρ - ½ ε_k ⊙ ∇U(z)),    k = 1, ..., K.
 
-    log|det| = D Σ log α_k, exact: every line is a shear, or scales the momentum. Without tempering α_k = 1 and the
-    log-det is 0.
-    The steps ε `(K, D)` are learned by step and by coordinate, the masses m `(D)` by coordinate, all positive for any
-    parameter value (`log_step`, `log_mass`). With all steps equal the map is symplectic; otherwise it keeps volume.
+    log|det| = D Σ log α_k, exact: every line is a shear, or scales the momentum. The steps ε `(K, D)` and the masses
+    m `(D)` are learned, and positive for any parameter value (`log_step`, `log_mass`). As a variational family: draw
+    ρ from N(0, m / β_0) (`momentum_scale`), and take p(z) N(ρ; 0, m) for the target after the flow. Events are
+    `(*, 2D)`, the position first. Cost: K + 1 gradients of the potential, in both directions.
 
-    `potential`: U, minus a log-density up to a constant, a function z `(*, D)` -> `(*)` that autograd can
-    differentiate twice. Each row must depend on its own z alone: the gradient is taken of the sum over rows, which a
-    potential that mixes rows (batch statistics, a mean over rows) makes wrong, without an error. A `nn.Module` is a
-    part of the transform, and trains with it; gradients reach what any other callable closes over, but such a one
-    is not watched, so none of its passes is remembered: scoring a draw costs a second pass.
-    With `context_dim` > 0 it is `potential(z, context)`, and the transform needs `with_context`: use
-    `ConditionalLeapfrog`.
-    `tempering`: α_k = √(β_{k-1} / β_k) <= 1 with inverse temperatures β_0 < ... < β_K = 1. "quadratic": 1/√β_k falls
-    with k² from 1/√β_0 to 1, with β_0 learned; "free": every α_k learned.
+    Args:
+        potential: U, minus a log-density up to a constant: z `(*, D)` -> `(*)`, and `potential(z, context)` with a
+            context `(*, C)`. Each row must depend on its own z alone. A module trains with the transform; any other
+            callable cannot be compared, so no pass is reused.
+        latent_dim: D.
+        num_layers: K, the number of leapfrog steps.
+        step_size: initial value of all ε.
+        tempering: α_k = √(β_{k-1} / β_k) <= 1 with β_0 < ... < β_K = 1: False for α_k = 1, "quadratic" for 1/√β_k
+            that falls with k² from a learned 1/√β_0, "free" for learned α_k.
+        context_dim: number of context variables of the potential.
 
-    As a variational family: draw z from any density, ρ from N(0, m / β_0) (`momentum_scale`), and take
-    p(z) N(ρ; 0, m) for the target after the flow.
-    Shapes: x `(*, 2D)` -> y `(*, 2D)`, ladj `(*)`; the position comes first.
-    Cost: K + 1 gradients of the potential, in both directions.
-    Raises `ValueError` when the last dimension is not 2D, when the potential does not give one number a row or no
-    gradient, when a context is needed and none was given.
+    Raises:
+        ValueError: in a pass, if the last dimension is not 2D, or `potential` returns other than one number a row
+            or has no gradient.
 
-    Source: Neal 2011, MCMC using Hamiltonian dynamics; Salimans, Kingma & Welling 2015, Markov Chain Monte Carlo and
-    Variational Inference: Bridging the Gap; tempering: Caterini, Doucet & Sejdinovic 2018, Hamiltonian Variational
-    Auto-Encoder.
+    Example:
+        >>> flow = Leapfrog(lambda z: (z**2).sum(-1) / 2, latent_dim=2, num_layers=3)
+        >>> flow(torch.zeros(5, 4)).shape
+        torch.Size([5, 4])
+
+    References:
+        Neal 2011, MCMC using Hamiltonian dynamics; Salimans, Kingma & Welling 2015, Markov Chain Monte Carlo and
+        Variational Inference; tempering: Caterini, Doucet & Sejdinovic 2018, Hamiltonian Variational Auto-Encoder.
     """
 
     potential: Potential
@@ -82,8 +76,10 @@ class Leapfrog(FlowTransform):
         self.num_layers = K = check_positive("num_layers", num_layers)
         self.input_dim = 2 * D
         self.tempering = tempering
-        self.context_dim = context_dim
+        self.context_dim = check_context_dim(context_dim)
         self.potential = potential
+        # Tensors that a callable closes over can be neither found nor compared.
+        self._is_cacheable = isinstance(potential, nn.Module)
         self.log_step = nn.Parameter(torch.full((K, D), math.log(step_size)))
         self.log_mass = nn.Parameter(torch.zeros(D))
         if tempering == "quadratic":
@@ -138,11 +134,9 @@ class Leapfrog(FlowTransform):
 
     def _start(self, name: str, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
         """∇U at this context, position and momentum, over the batch that x, parameters and context broadcast to."""
-        check_event(name, x, self.input_dim)
+        self._check_input(name, x)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
-        context: tuple[Tensor, ...] = ()
-        if (given := self._read_context()) is not None:
-            context = (given.expand(*batch, -1),)
+        context = () if self.context is None else (self.context.expand(*batch, -1),)
 
         def energy(z: Tensor) -> Tensor:
             value = self.potential(z, *context)
@@ -187,14 +181,6 @@ class Leapfrog(FlowTransform):
             return z.new_zeros(z.shape[:-1])
         return (self.latent_dim * log_alpha.sum(-1)).expand(z.shape[:-1])
 
-    def _state(self) -> list[Tensor]:
-        state = super()._state()
-        if not isinstance(self.potential, nn.Module):
-            # What a callable closes over can be neither seen nor compared: with a tensor that is new each time, no pass
-            # of this transform, or of a chain that it is part of, is ever taken for the same again.
-            state.append(torch.empty(0))
-        return state
-
     def extra_repr(self) -> str:
         tempering = f", tempering={self.tempering!r}" if self.tempering else ""
         return f"latent_dim={self.latent_dim}, num_layers={self.num_layers}{tempering}"
@@ -226,52 +212,3 @@ def _gradient(energy: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         return torch.autograd.grad(
             value, z, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )[0]
-
-
-class ConditionalLeapfrog(ContextualFlow):
-    """`Leapfrog` under `potential(z, context)`: dynamics by datum; `.condition(context)` gives the transform.
-
-    The context `(*, C)` comes expanded to the batch of z. Steps, masses and temperatures are shared by all contexts.
-    """
-
-    @staticmethod
-    def base(
-        latent_dim: int,
-        _: None,
-        *,
-        potential: Potential,
-        num_layers: int,
-        context_dim: int,
-        **options,
-    ) -> Leapfrog:
-        return Leapfrog(potential, latent_dim, num_layers, context_dim=context_dim, **options)
-
-    def __init__(
-        self,
-        potential: Potential,
-        latent_dim: int,
-        context_dim: int,
-        num_layers: int = 5,
-        **options: Unpack[LeapfrogOptions],
-    ):
-        super().__init__(
-            latent_dim, context_dim, potential=potential, num_layers=num_layers, **options
-        )
-
-
-def leapfrog(
-    potential: Potential, latent_dim: int, num_layers: int = 5, **options: Unpack[LeapfrogOptions]
-) -> Leapfrog:
-    """Leapfrog steps on position and momentum: see `Leapfrog`."""
-    return Leapfrog(potential, latent_dim, num_layers, **options)
-
-
-def conditional_leapfrog(
-    potential: Potential,
-    latent_dim: int,
-    context_dim: int,
-    num_layers: int = 5,
-    **options: Unpack[LeapfrogOptions],
-) -> ConditionalLeapfrog:
-    """Leapfrog steps under a potential that sees a context: see `ConditionalLeapfrog`."""
-    return ConditionalLeapfrog(potential, latent_dim, context_dim, num_layers, **options)

@@ -12,19 +12,29 @@ from pyro.distributions import constraints
 from torch import Tensor
 from typing_extensions import Self
 
-from ._constrain import IMAGE, check_event_dim, check_positive
-from .base import FlowTransform
+from ..ops import check_event_dim, check_positive
+from .base import IMAGE, FlowTransform
 from .normalization import ActNorm
 
 
 class Squeeze(FlowTransform):
     """Space to depth: blocks of factor x factor pixels become channels, `(*, C, H, W)` -> `(*, C f², H / f, W / f)`.
 
-    y[c f² + i f + j, h, w] = x[c, h f + i, w f + j]; log|det| = 0. Every element moves, none changes. `sign` is 1, or 0,
-    for not known, where the parity depends on the size of the image (f = 3, 7, 11, ...).
-    Raises `ValueError` when f does not divide H or W, and in the inverse when f² does not divide the channels.
+    y[c f² + i f + j, h, w] = x[c, h f + i, w f + j]; log|det| = 0: elements move and do not change. `.inv` is depth to
+    space. `sign` is 1, or 0, for not known, where the parity depends on the size of the image (f = 3, 7, 11, ...).
 
-    Source: Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP, sec. 3.6.
+    Args:
+        factor: f.
+
+    Raises:
+        ValueError: if f does not divide H or W, and in the inverse if f² does not divide the channels.
+
+    Example:
+        >>> Squeeze(2)(torch.zeros(5, 1, 4, 6)).shape
+        torch.Size([5, 4, 2, 3])
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP, sec. 3.6.
     """
 
     domain = codomain = IMAGE
@@ -73,31 +83,30 @@ class Squeeze(FlowTransform):
         return f"{self.factor}"
 
 
-def squeeze(factor: int = 2) -> Squeeze:
-    """Space to depth: see `Squeeze`."""
-    return Squeeze(factor)
-
-
-def unsqueeze(factor: int = 2) -> FlowTransform:
-    """Depth to space, `(*, C f², H, W)` -> `(*, C, H f, W f)`: the inverse of `Squeeze`."""
-    return Squeeze(factor).inv
-
-
 class LogitPreprocess(FlowTransform):
     """y = logit(s) with s = α + (1 - 2α) x: data in [0, 1] to the real line, with no pole at 0 and 1.
 
     log|det| = Σ log(1 - 2α) - log s - log(1 - s), exact. Forward maps data, so that a density of data ends in the
     inverse: `TransformedDistribution(base, [..., LogitPreprocess().inv])`.
 
-    The data fill |y| <= logit(1 - α) alone. A flow reaches the rest of the line too, and the inverse maps that to values
-    outside [0, 1], by α / (1 - 2α) at most: the domain is that wider interval, so that every draw can be scored; clamp
-    draws to show them. Beyond it the forward map is NaN. α = 0.05 is customary for natural images, 1e-6 for MNIST.
+    Data fill |y| <= logit(1 - α) only. A flow reaches the rest of the line too, which the inverse maps to values up to
+    α / (1 - 2α) outside [0, 1]: the domain is that wider interval, so that every draw can be scored. Clamp draws to
+    show them. Beyond the domain the forward map is NaN.
 
-    Shapes: events of `event_dim` dimensions, 3 for images, 1 for vectors; ladj `(*)`. Raises `ValueError` unless
-    0 < alpha < 1/2.
+    Args:
+        alpha: α in (0, 1/2); .05 is customary for natural images, 1e-6 for MNIST.
+        event_dim: number of event dimensions, 3 for images, 1 for vectors.
 
-    Source: Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP, sec. 4.1; Papamakarios et al. 2017,
-    Masked Autoregressive Flow for Density Estimation.
+    Raises:
+        ValueError: unless 0 < alpha < 1/2 and `event_dim` is positive.
+
+    Example:
+        >>> LogitPreprocess(1e-6)(torch.full((1, 2, 2), 0.5)).sum().item()
+        0.0
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP, sec. 4.1; Papamakarios et al. 2017,
+        Masked Autoregressive Flow for Density Estimation.
     """
 
     def __init__(self, alpha: float = 0.05, event_dim: int = 3):
@@ -137,11 +146,18 @@ class Standardize(FlowTransform):
     """y = (x - loc) / scale with fixed moments of the data; log|det| = -Σ log scale over the event, exact.
 
     Forward maps data, so that a density of data ends in the inverse: `TransformedDistribution(base, [..., t.inv])`.
-    `loc` and `scale`, buffers, have the shape of the event, or one that broadcasts to it: `(C, 1, 1)` for images by
-    channel. `event_dim` is their number of dimensions unless given. `from_data` takes them from data.
+    `from_data` takes the moments from data. Cost: O(D) in both directions.
 
-    Shapes: x `(*, event)` -> y the same, ladj `(*)`. O(D) in both directions. Raises `ValueError` for moments that do not fit
-    together or the event, are not finite, or a scale that is not positive.
+    Args:
+        loc, scale: buffers of the shape of the event, or one that broadcasts to it: `(C, 1, 1)` for images by channel.
+        event_dim: number of event dimensions; that of `loc` by default.
+
+    Raises:
+        ValueError: if the moments do not fit together or the event, are not finite, or a scale is not positive.
+
+    Example:
+        >>> Standardize.from_data(torch.tensor([[0.0], [2.0]]))(torch.tensor([3.0]))
+        tensor([2.])
     """
 
     loc: Tensor
@@ -164,11 +180,17 @@ class Standardize(FlowTransform):
 
     @classmethod
     def from_data(cls, data: Tensor, event_dim: int = 1, *, per_channel: bool = False) -> Self:
-        """The transform after which `data` `(*, event)` have mean 0 and sd 1 by element, or by the first dimension.
+        """Returns the transform that maps data to mean 0 and sd 1, by element or by the first dimension of the event.
 
-        `per_channel=True` takes one mean and sd for all pixels of a channel, for events `(C, H, W)`. What is constant to
-        rounding keeps its scale, as in `ActNorm`. Raises `ValueError` for fewer than 2 rows and for values that are not
-        finite.
+        Elements that are constant to rounding keep their scale, as in `ActNorm`.
+
+        Args:
+            data: `(*, event)`, two rows or more.
+            event_dim: number of event dimensions.
+            per_channel: whether all pixels of a channel share one mean and sd, for events `(C, H, W)`.
+
+        Raises:
+            ValueError: for fewer than two rows, or values that are not finite.
         """
         check_event_dim("data", data, check_positive("event_dim", event_dim))
         event = data.shape[-event_dim:]

@@ -4,52 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from ..nn import MLP
-from ._constrain import bounded_affine, check_event, check_positive, find_event_shape
-from .base import FlowTransform
-from .compose import ComposeFlow, at_context, reads_context
-from .conditional import ConditionalModule
-
-Inner = FlowTransform | ConditionalTransformModule
+from ..ops import check_context_dim, check_event, check_positive, find_event_shape
+from .base import FlowTransform, forget_param_store
+from .bounds import bounded_affine
+from .compose import ComposeFlow
 
 
-class IndexedOptions(TypedDict, total=False):
-    """Keywords of indexed transforms: see `IndexedTransform`."""
+class IndexedTransform(ConditionalTransformModule):
+    """F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f: a family of maps, conditioned on an index u.
 
-    activation: Callable[[], nn.Module]
-    context_dim: int
-    input_dim: int | None
+    log|det| = log|det Df| + Σ s(u), as exact as that of f. s and t come from one network that starts at zero: F starts
+    as f for every u. |s| < log 1000 for any parameter value. Cost: that of f and one pass of the network, which
+    does not read z.
 
+    Args:
+        transform: f, on vectors `(*, D)`, or on images `(*, C, H, W)`, for which s and t hold one number a channel.
+        index_dim: length of u.
+        hidden_dims: widths of the network of s and t.
+        activation: of that network.
+        context_dim: number of further context variables, which the network reads beside u, and which f is
+            conditioned on if it takes a context.
+        input_dim: D or C, where f has no attribute of that name.
 
-class IndexedTransform(ConditionalModule):
-    """F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f; `.condition(u)` gives the transform z -> F(z; u).
+    Raises:
+        TypeError: if `transform` is not a `FlowTransform`.
+        ValueError: if f is not defined on all of ℝⁿ, expects a context of another size, or has no `input_dim`.
 
-    log|det| = log|det Df| + Σ s(u), as exact as that of f. `condition(u)` with an index u `(*, index_dim)` gives a
-    `ComposeFlow` of batch shape `(*)`. s and t are the outputs of one network of `hidden_dims` that starts at zero: F
-    starts as f for every u. |s| < log 1000 for any parameter value.
+    Example:
+        >>> family = IndexedTransform(Planar(3), index_dim=2)
+        >>> family.condition(torch.zeros(5, 2)).batch_shape
+        torch.Size([5])
 
-    f acts on vectors `(*, D)`, or on images `(*, C, H, W)`, for which s and t hold one number a channel. D or C is
-    read off f (`input_dim`); say `input_dim` where f has none.
-    `context_dim` > 0: `condition(u, context)`, with a context `(*, context_dim)` that the network sees beside u, and
-    that f sees where it takes one (a conditional transform, or one built with `context_dim`).
-    Cost: that of f and one pass of the network, which does not see z.
-    Raises `TypeError` when f is no transform, `ValueError` when f is not defined on all of ℝⁿ, takes a context where
-    `context_dim` is 0, or does not tell its size; when u or the context have another last dimension, or one is missing.
-
-    Source: Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
-    Normalising Flows.
+    References:
+        Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
+        Normalising Flows.
     """
+
+    transform: FlowTransform
 
     def __init__(
         self,
-        transform: Inner,
+        transform: FlowTransform,
         index_dim: int = 1,
         hidden_dims: Sequence[int] = (10, 10),
         *,
@@ -58,16 +60,17 @@ class IndexedTransform(ConditionalModule):
         input_dim: int | None = None,
     ):
         super().__init__()
-        if not isinstance(transform, FlowTransform | ConditionalTransformModule):
+        if not isinstance(transform, FlowTransform):
             raise TypeError(
-                f"transform: expected a FlowTransform or a ConditionalTransformModule, got a {type(transform).__name__}"
-            )
-        if reads_context(transform) and not context_dim:
-            raise ValueError(
-                "transform: it takes a context; give context_dim, and the context to condition(u, context)"
+                f"transform: expected a FlowTransform, got a {type(transform).__name__}"
             )
         self.index_dim = check_positive("index_dim", index_dim)
-        self.context_dim = context_dim
+        self.context_dim = check_context_dim(context_dim)
+        if transform.context_dim not in (0, self.context_dim):
+            raise ValueError(
+                f"transform: expected one with the context_dim of IndexedTransform, {self.context_dim}, or 0, got "
+                f"{transform.context_dim}; give the same context_dim to both, and the context to condition(u, context)"
+            )
         self.transform = transform
         size = _read_input_dim(transform) if input_dim is None else input_dim
         self.net = MLP(
@@ -80,23 +83,36 @@ class IndexedTransform(ConditionalModule):
         )
 
     def condition(self, index: Tensor, context: Tensor | None = None) -> ComposeFlow:  # type: ignore[override]
-        """The transform at u = `index`: `(*, index_dim)` -> a transform of batch shape `(*)`.
+        """Returns the transform z -> F(z; u).
 
-        A context `(*, context_dim)` broadcasts against it.
+        Args:
+            index: u, `(*, index_dim)`.
+            context: `(*, context_dim)`, broadcast against u; None where `context_dim` is 0.
+
+        Returns:
+            A `ComposeFlow` of an affine map and f, of batch shape `(*)`.
+
+        Raises:
+            ValueError: if u or the context has another size, or a context is missing or not expected.
         """
         check_event("index", index, self.index_dim)
-        transform: Any = self.transform
+        transform = self.transform
         if self.context_dim:
             if context is None:
                 raise ValueError(
-                    f"condition: built with context_dim={self.context_dim}; call condition(index, context)"
+                    f"context: expected a tensor of shape (*, {self.context_dim}), got None; call "
+                    "condition(index, context)"
                 )
             check_event("context", context, self.context_dim)
-            transform = at_context(transform, context)
+            transform = transform.condition(context)
         elif context is not None:
-            raise ValueError("condition: built without context_dim, got a context")
+            raise ValueError("context: expected None, since context_dim is 0, got a tensor")
         shift, log_scale = self.net(index, context).chunk(2, -1)
         return ComposeFlow([_Affine(shift, log_scale, transform.domain), transform])
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_param_store(self)
+        return dict(self.__dict__)
 
     def __repr__(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
@@ -151,13 +167,3 @@ def _read_input_dim(transform: nn.Module) -> int:
             "number of channels of its images"
         )
     return shape[0]  # D, or the channels of (C, H, W)
-
-
-def indexed(
-    transform: Inner,
-    index_dim: int = 1,
-    hidden_dims: Sequence[int] = (10, 10),
-    **options: Unpack[IndexedOptions],
-) -> IndexedTransform:
-    """A transform for every value of an index: see `IndexedTransform`."""
-    return IndexedTransform(transform, index_dim, hidden_dims, **options)

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import matvec
+from ..ops import check_positive, matvec
 from ..ops.linalg import is_zero, reflect, solve_triangular
-from ._constrain import check_event, check_positive, slope_minus_one
 from .base import FlowTransform
-from .conditional import ConditionalFlow
+from .bounds import slope_minus_one
 from .permute import parity
 
 # A batch of as many numbers (and of four times as many rows as columns) is worth multiplying out the factors for: on
@@ -24,32 +23,52 @@ class LULinear(FlowTransform):
     """y = P (L U x + b) with P a fixed permutation, L unit lower and U upper triangular with a positive diagonal.
 
     log|det| = Σ log U_ii, exact. U_ii lies above 1e-3 for any parameter value, so the layer is always invertible.
-    Starts at the identity, or at P with `permute=True`: a random P, drawn once from torch's generator, with which L
-    and U reach matrices that they alone do not (the zero in [[0, 1], [1, 0]] has no LU factors). `sign` is P's parity.
+    Starts at the identity, or at P with `permute=True`, with which L and U reach matrices that they alone do not (the
+    zero in [[0, 1], [1, 0]] has no LU factors). `sign` is P's parity.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters: `lu` `(D, D)`, L below its diagonal, U on and above; `bias`
-    `(D)` unless `bias=False`. Buffer: `permutation` `(D)`, with `permute=True`.
-    Cost: O(D²) a row in both directions; the inverse is two triangular solves for the whole batch. Nothing is factored
-    or inverted, and nothing cached, in eval mode either: what depends on the parameters alone is half of the smallest
-    pass at most.
-    Raises `ValueError` when the last dimension is not D.
+    Parameters: `lu` `(D, D)`, L below its diagonal, U on and above; `bias` `(D)`. Buffer: `permutation` `(D)`. Cost:
+    O(D²) a row in both directions; the inverse is two triangular solves for the whole batch. Nothing is factored,
+    inverted or cached.
 
-    Source: Oliva et al. 2018, Transformation Autoregressive Networks; with the fixed permutation, Kingma & Dhariwal
-    2018, Glow.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        bias: whether b is learned; 0 otherwise.
+        permute: whether P is a random permutation, drawn once from torch's generator; the identity otherwise.
+        context_dim: number of context variables that L, U and b depend on.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: if `input_dim` is not positive, or in a pass if the last dimension is not D.
+
+    Example:
+        >>> LULinear(3, permute=True)
+        LULinear(3, bias=True, permute=True)
+
+    References:
+        Oliva et al. 2018, Transformation Autoregressive Networks; with P, Kingma & Dhariwal 2018, Glow.
     """
 
     bias: Tensor | None
     permutation: Tensor | None
 
-    def __init__(self, input_dim: int, *, bias: bool = True, permute: bool = False):
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        bias: bool = True,
+        permute: bool = False,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+    ):
         super().__init__()
         self.input_dim = D = check_positive("input_dim", input_dim)
         self.lu = nn.Parameter(torch.zeros(D, D))
         self.register_parameter("bias", nn.Parameter(torch.zeros(D)) if bias else None)
         self.register_buffer("permutation", torch.randperm(D) if permute else None)
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         LU, ladj = _positive_diagonal(self.lu)
         L, U = LU.tril(-1), LU.triu()
 
@@ -62,7 +81,7 @@ class LULinear(FlowTransform):
         return y, ladj.expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         LU, ladj = _positive_diagonal(self.lu)
         h = y if self.permutation is None else y.index_select(-1, self.permutation.argsort())
         h = h if self.bias is None else h - self.bias
@@ -89,29 +108,50 @@ class QRLinear(FlowTransform):
     log|det| = Σ log R_ii, exact. R_ii lies above 1e-3 for any parameter value, so the layer is always invertible.
     Starts near the identity for an even number of reflections: they come in pairs of nearly equal ones, which undo
     each other, while the gradient in their difference stays (a pair at the angle φ rotates by 2φ). The last of an odd
-    number starts as a random mirror. `num_reflections=None` is 2 ⌊D / 2⌋ (at least 2), with which Q reaches every
-    rotation, and QR every matrix of positive determinant. `sign` as in `HouseholderLinear`.
+    number starts as a random mirror. `sign` as in `HouseholderLinear`.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters: `v` `(K, D)`, one reflection a row; `r` `(D, D)`, read on and
-    above its diagonal alone; `bias` `(D)` unless `bias=False`.
-    Cost: O(K² D) a pass and O(KD + D²) a row in both directions; the inverse is Qᵀ and one triangular solve for the
-    whole batch. Nothing is cached, as in `LULinear`.
-    Raises `ValueError` when the last dimension is not D.
+    Parameters: `v` `(K, D)`, one reflection a row; `r` `(D, D)`, read on and above its diagonal; `bias` `(D)`. Cost:
+    O(K² D) a pass and O(KD + D²) a row in both directions; the inverse is Qᵀ and one triangular solve.
 
-    Source: Hoogeboom, van den Berg & Welling 2019, Emerging Convolutions for Generative Normalizing Flows.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        num_reflections: K; by default 2 ⌊D / 2⌋ (at least 2), with which Q reaches every rotation, and QR every
+            matrix of positive determinant.
+        bias: whether b is learned; 0 otherwise.
+        context_dim: number of context variables that Q, R and b depend on.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: if a size is not positive, or in a pass if the last dimension is not D.
+
+    Example:
+        >>> QRLinear(3)
+        QRLinear(3, num_reflections=2, bias=True)
+
+    References:
+        Hoogeboom, van den Berg & Welling 2019, Emerging Convolutions for Generative Normalizing Flows.
     """
 
     bias: Tensor | None
 
-    def __init__(self, input_dim: int, *, num_reflections: int | None = None, bias: bool = True):
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_reflections: int | None = None,
+        bias: bool = True,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+    ):
         super().__init__()
         self.input_dim = D = check_positive("input_dim", input_dim)
         self.v = nn.Parameter(_near_identity(D, num_reflections))
         self.r = nn.Parameter(torch.zeros(D, D))
         self.register_parameter("bias", nn.Parameter(torch.zeros(D)) if bias else None)
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         R, ladj = _positive_diagonal(self.r)
         R = R.triu()
         may_form = R.dim() == 2 and self.v.dim() == 2
@@ -119,7 +159,7 @@ class QRLinear(FlowTransform):
         return y, ladj.expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         R, ladj = _positive_diagonal(self.r)
         h = y if self.bias is None else y - self.bias
         x = solve_triangular(R, _orthogonal(self.v, h, transpose=True), upper=True)
@@ -138,20 +178,41 @@ class QRLinear(FlowTransform):
 class HouseholderLinear(FlowTransform):
     """y = H_1 ... H_K x with H_i = I - 2 v_i v_iᵀ / ‖v_i‖²: an orthogonal map, so log|det| = 0.
 
-    Starts as `QRLinear` does, and `num_reflections=None` means the same. The transpose is the inverse. `sign` `(*)` is
-    a tensor, (-1)^K unless some v_i is zero: that one reflects nothing, and only the values can tell.
+    Starts as `QRLinear` does. The transpose is the inverse. `sign` `(*)` is a tensor: (-1)^K unless some v_i is zero,
+    which reflects nothing, and only the values can tell.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters: `v` `(K, D)`, one reflection a row.
-    Cost: O(K² D) a pass and O(KD) a row in both directions: all K reflections are taken in one piece, not in turn.
-    Raises `ValueError` when the last dimension is not D.
+    Parameters: `v` `(K, D)`, one reflection a row. Cost: O(K² D) a pass and O(KD) a row in both directions: all K
+    reflections are taken in one piece, not in turn.
 
-    Source: Tomczak & Welling 2016, Improving Variational Auto-Encoders using Householder Flow.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        num_reflections: K; 2 ⌊D / 2⌋ (at least 2) by default.
+        context_dim: number of context variables that the reflections depend on.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: if a size is not positive, or in a pass if the last dimension is not D.
+
+    Example:
+        >>> HouseholderLinear(3, num_reflections=4)
+        HouseholderLinear(3, num_reflections=4)
+
+    References:
+        Tomczak & Welling 2016, Improving Variational Auto-Encoders using Householder Flow, whose encoder emits v.
     """
 
-    def __init__(self, input_dim: int, *, num_reflections: int | None = None):
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_reflections: int | None = None,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+    ):
         super().__init__()
         self.input_dim = check_positive("input_dim", input_dim)
         self.v = nn.Parameter(_near_identity(self.input_dim, num_reflections))
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._pass("x", x, transpose=False)
@@ -160,7 +221,7 @@ class HouseholderLinear(FlowTransform):
         return self._pass("y", y, transpose=True)
 
     def _pass(self, name: str, x: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
-        check_event(name, x, self.input_dim)
+        self._check_input(name, x)
         y = _orthogonal(self.v, x, transpose=transpose)
         return y, y.new_zeros(y.shape[:-1])
 
@@ -211,94 +272,3 @@ def _near_identity(dim: int, num_reflections: int | None) -> Tensor:
 
 def _sign_of_reflections(v: Tensor) -> Tensor:
     return torch.where(is_zero((v * v).sum(-1)), 1, -1).prod(-1)
-
-
-# --- conditional forms ---
-
-
-class _ConditionalLinear(ConditionalFlow):
-    """Takes the keywords of `base`, the transform whose parameters depend on the context."""
-
-    base: Callable[..., FlowTransform]
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        **options: int | None,
-    ):
-        super().__init__(self.base(input_dim, **options), context_dim, hidden_dims)
-
-
-class ConditionalLULinear(_ConditionalLinear):
-    """`LULinear` whose L, U and b depend on a context `(*, C)`; `.condition(context)` gives the transform.
-
-    P stays fixed. The hyper-network's last layer emits D² + D numbers a datum.
-    """
-
-    base = LULinear
-
-
-class ConditionalQRLinear(_ConditionalLinear):
-    """`QRLinear` whose Q, R and b depend on a context `(*, C)`; `.condition(context)` gives the transform.
-
-    The hyper-network's last layer emits D² + KD + D numbers a datum.
-    """
-
-    base = QRLinear
-
-
-class ConditionalHouseholderLinear(_ConditionalLinear):
-    """`HouseholderLinear` whose reflections depend on a context `(*, C)`; `.condition(context)` gives the transform.
-
-    This is the flow of Tomczak & Welling (2016), whose encoder emits the vectors. The hyper-network's last layer
-    emits KD numbers a datum.
-    """
-
-    base = HouseholderLinear
-
-
-# --- helpers ---
-
-
-def lu_linear(input_dim: int, *, bias: bool = True, permute: bool = False) -> LULinear:
-    """A linear layer by its LU factors: see `LULinear`."""
-    return LULinear(input_dim, bias=bias, permute=permute)
-
-
-def qr_linear(input_dim: int, *, num_reflections: int | None = None, bias: bool = True) -> QRLinear:
-    """A linear layer by its QR factors: see `QRLinear`."""
-    return QRLinear(input_dim, num_reflections=num_reflections, bias=bias)
-
-
-def householder_linear(input_dim: int, *, num_reflections: int | None = None) -> HouseholderLinear:
-    """An orthogonal layer of `num_reflections` reflections: see `HouseholderLinear`."""
-    return HouseholderLinear(input_dim, num_reflections=num_reflections)
-
-
-def conditional_lu_linear(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: bool
-) -> ConditionalLULinear:
-    """`lu_linear`, with its keywords, amortized over a context: see `ConditionalLULinear`."""
-    return ConditionalLULinear(input_dim, context_dim, hidden_dims, **options)
-
-
-def conditional_qr_linear(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: int | None,
-) -> ConditionalQRLinear:
-    """`qr_linear`, with its keywords, amortized over a context: see `ConditionalQRLinear`."""
-    return ConditionalQRLinear(input_dim, context_dim, hidden_dims, **options)
-
-
-def conditional_householder_linear(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: int | None,
-) -> ConditionalHouseholderLinear:
-    """`householder_linear`, with its keyword, amortized over a context: see `ConditionalHouseholderLinear`."""
-    return ConditionalHouseholderLinear(input_dim, context_dim, hidden_dims, **options)

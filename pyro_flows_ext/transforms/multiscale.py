@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from ._constrain import IMAGE, check_event, read_event_shape
-from .base import FlowTransform
+from ..ops import check_event, read_event_shape
+from .base import IMAGE, FlowTransform, common_context_dim
 from .image import Squeeze
 
 KINDS = ("channel", "checkerboard", "none")
@@ -18,21 +20,29 @@ KINDS = ("channel", "checkerboard", "none")
 class MultiScale(FlowTransform):
     """z `(*, D)` -> an image `(*, C, H, W)`, D = C H W: level by level, with further latents joining before each.
 
-    The inverse, from image to latents, runs level 1, gives up a share of what it has become as latents, runs level 2 on the
+    The inverse, from image to latents, runs level 1, gives up a share of the result as latents, runs level 2 on the
     rest, and so on; log|det| is the sum over levels, exact. z holds the latents of the last level first, those that
-    left after the first level last: the order of nested dropout.
+    left after the first level last: the order of nested dropout. Cost: that of the levels.
 
-    `levels`: transforms of images, forward towards the data, the level next to the data first. What stays after a level
-    goes on with half the height and width: an image `(C, H, W)` becomes `(C', H / 2, W / 2)`, C' the elements that stay of
-    the 4 C in each block of 2 x 2 pixels.
-    `factor_out`: what leaves after each level but the last: "channel", the last half of the channels that `Squeeze` makes;
-    "checkerboard", the pixels with odd h + w; "none", nothing; or for each of those levels a boolean mask of its image,
-    True for what leaves, with as many in every block.
+    Args:
+        levels: transforms of images, forward towards the data, the level next to the data first. The image that
+            stays after a level, `(C', H / 2, W / 2)`, holds the C' elements that stay of the 4 C in each block of 2 x 2 pixels.
+        event_shape: `(C, H, W)`.
+        factor_out: the elements that leave after each level but the last: "channel", the last half of the channels
+            that `Squeeze` makes; "checkerboard", the pixels with odd h + w; "none"; or for each of those levels a
+            boolean mask of its image, True for what leaves, with as many in every block.
 
-    Cost: that of the levels. Raises `ValueError` for masks or shapes that do not fit.
+    Raises:
+        ValueError: if masks or shapes do not fit, or levels expect contexts of different sizes.
 
-    Source: Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP, sec. 3.6; masks by likelihood: Das, Abbeel &
-    Spanos 2019, Dimensionality Reduction Flows, sec. 3.2.
+    Example:
+        >>> levels = [Coupling((1, 4, 4), mask="checkerboard"), Coupling((2, 2, 2))]
+        >>> MultiScale(levels, (1, 4, 4))(torch.zeros(5, 16)).shape
+        torch.Size([5, 1, 4, 4])
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP, sec. 3.6; masks by likelihood: Das,
+        Abbeel & Spanos 2019, Dimensionality Reduction Flows, sec. 3.2.
     """
 
     domain = constraints.real_vector
@@ -52,107 +62,104 @@ class MultiScale(FlowTransform):
             )
         self.event_shape = shape
         self.levels = nn.ModuleList(levels)
+        self.context_dim = common_context_dim(levels)
         if not isinstance(factor_out, str) and len(factor_out) != len(levels) - 1:
             raise ValueError(
                 f"factor_out: expected {len(levels) - 1} masks, one a level but the last, got {len(factor_out)}"
             )
+        # The shape of the image behind each level, seen from the data.
+        self._shapes: list[torch.Size] = []
         for i in range(len(levels) - 1):
-            shape = self.levels[i].inverse_shape(shape)  # type: ignore[operator]
+            shape = levels[i].inverse_shape(shape)
+            self._shapes.append(shape)
             mask = make_mask(factor_out, shape) if isinstance(factor_out, str) else factor_out[i]
             keep = kept_elements(mask, shape)
             self.register_buffer(f"keep_{i}", keep)
             self.register_buffer(f"leave_{i}", mask.flatten().nonzero().squeeze(-1))
             shape = keep.shape
-        self.levels[-1].inverse_shape(shape)  # type: ignore[operator]
+        self._shapes.append(levels[-1].inverse_shape(shape))
+
+    def condition(self, context: Tensor) -> Self:
+        """Returns this transform with all levels at a context `(*, context_dim)`; itself where none depends on one."""
+        if not self.context_dim:
+            return self
+        levels = [level.condition(context) for level in self.levels]  # type: ignore[operator]
+        return self._with_modules(context.shape[:-1], levels=nn.ModuleList(levels))
 
     @property
     def masks(self) -> list[Tensor]:
-        """What leaves after each level but the last, as booleans of the image there."""
-        shape, masks = torch.Size(self.event_shape), []
-        for i, level in enumerate(self.levels[:-1]):
-            shape = level.inverse_shape(shape)  # type: ignore[operator]
+        """The elements that leave after each level but the last, as booleans of the image there."""
+        masks = []
+        for i, shape in enumerate(self._shapes[:-1]):
             mask = torch.zeros(shape.numel(), dtype=torch.bool, device=self._leave(i).device)
             mask[self._leave(i)] = True
             masks.append(mask.reshape(shape))
-            shape = self.kept(i).shape
         return masks
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         check_event("y", y, self.event_shape)
-        latents, ladjs = [], []
+        y = y.expand(self._broadcast_shape(y.shape, 3))
+        latents: list[Tensor] = []
+        total: Any = 0.0
         for i, level in enumerate(self.levels):
             y, ladj = level.inverse_and_ladj(y)  # type: ignore[operator]
-            ladjs.append(ladj)
+            total = total + ladj
             flat = y.flatten(-3)
             if i == len(self.levels) - 1:
                 latents.append(flat)
             else:
                 latents.append(flat[..., self._leave(i)])
                 y = flat[..., self.kept(i)]
-        return torch.cat(latents[::-1], -1), torch.stack(ladjs).sum(0)
+        return torch.cat(latents[::-1], -1), total
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_event("x", x, self.event_shape.numel())
-        image, rest, ladjs = None, x, []
-        for i in reversed(range(len(self.levels))):
-            if image is None:
-                shape = self._last_shape()
-                image, rest = (
-                    rest[..., : shape.numel()].unflatten(-1, shape),
-                    rest[..., shape.numel() :],
-                )
-            else:
-                keep, leave = self.kept(i), self._leave(i)
-                flat = torch.cat([image.flatten(-3), rest[..., : len(leave)]], -1)
-                rest = rest[..., len(leave) :]
-                order = torch.cat([keep.flatten(), leave]).argsort()
-                image = flat[..., order].unflatten(-1, self._shape_before_split(i))
+        x = x.expand(self._broadcast_shape(x.shape, 1))
+        size = self._shapes[-1].numel()
+        image, rest = x[..., :size].unflatten(-1, self._shapes[-1]), x[..., size:]
+        image, total = self.levels[-1].forward_and_ladj(image)  # type: ignore[operator]
+        for i in reversed(range(len(self.levels) - 1)):
+            keep, leave = self.kept(i), self._leave(i)
+            flat = torch.cat([image.flatten(-3), rest[..., : len(leave)]], -1)
+            rest = rest[..., len(leave) :]
+            order = torch.cat([keep.flatten(), leave]).argsort()
+            image = flat[..., order].unflatten(-1, self._shapes[i])
             image, ladj = self.levels[i].forward_and_ladj(image)  # type: ignore[operator]
-            ladjs.append(ladj)
-        return image, torch.stack(ladjs).sum(0)  # type: ignore[return-value]
+            total = total + ladj
+        return image, total
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        self._broadcast_shape(shape, 1)
+        batch = self._broadcast_shape(shape, 1)[:-1]
         if shape[-1] != self.event_shape.numel():
             raise ValueError(
                 f"{type(self).__name__}: expected vectors of {self.event_shape.numel()}, got shape {tuple(shape)}"
             )
-        return torch.Size(shape[:-1]) + self.event_shape
+        return batch + self.event_shape
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         if torch.Size(shape[-3:]) != self.event_shape:
             raise ValueError(
                 f"{type(self).__name__}.inv: expected images {tuple(self.event_shape)}, got shape {tuple(shape)}"
             )
-        return torch.Size((*shape[:-3], self.event_shape.numel()))
+        return torch.Size((*self._broadcast_shape(shape, 3)[:-3], self.event_shape.numel()))
 
     @property
     def sign(self) -> int:
         return 0  # the parity of what is moved depends on the masks
 
     def kept(self, i: int) -> Tensor:
-        """The flat positions of what stays after level i, in the shape of the image that goes on."""
+        """Returns the flat positions of the elements that stay after level i, in the shape of the image that goes on."""
         return getattr(self, f"keep_{i}")  # type: ignore[no-any-return]
 
     def _leave(self, i: int) -> Tensor:
         return getattr(self, f"leave_{i}")  # type: ignore[no-any-return]
-
-    def _shape_before_split(self, i: int) -> torch.Size:
-        shape = self.event_shape if i == 0 else self.kept(i - 1).shape
-        return self.levels[i].inverse_shape(shape)  # type: ignore[no-any-return, operator]
-
-    def _last_shape(self) -> torch.Size:
-        return self._shape_before_split(len(self.levels) - 1)
-
-    def _state(self) -> list[Tensor]:
-        return [t for level in self.levels for t in level._state()] + list(self.buffers())  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}, levels={len(self.levels)}"
 
 
 def make_mask(kind: str, shape: Sequence[int]) -> Tensor:
-    """A named mask as booleans `(C, H, W)`, True for what leaves; `ValueError` for another name or an odd size."""
+    """Returns a mask by name as booleans `(C, H, W)`, True for elements that leave; `ValueError` for another name or an odd size."""
     C, H, W = shape
     if H % 2 or W % 2:
         raise ValueError(
@@ -170,7 +177,7 @@ def make_mask(kind: str, shape: Sequence[int]) -> Tensor:
 
 
 def kept_elements(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """The flat positions of what stays, in the shape of the image that it makes: `(C', H / 2, W / 2)`.
+    """Returns the flat positions of the elements that stay, in the shape of their image: `(C', H / 2, W / 2)`.
 
     Raises `ValueError` unless the mask keeps the same number C' > 0 of the 4 C elements in each block of 2 x 2 pixels.
     """
@@ -190,12 +197,3 @@ def kept_elements(mask: Tensor, shape: Sequence[int]) -> Tensor:
         )
     kept = positions.movedim(0, -1)[stays.movedim(0, -1)]
     return kept.reshape(*counts.shape, num).movedim(-1, 0)
-
-
-def multiscale(
-    levels: Sequence[FlowTransform],
-    event_shape: Sequence[int],
-    factor_out: str | Sequence[Tensor] = "channel",
-) -> MultiScale:
-    """Levels with latents that join between them: see `MultiScale`."""
-    return MultiScale(levels, event_shape, factor_out)

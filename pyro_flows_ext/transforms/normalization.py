@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops import check_event, check_positive
 from ..ops.roots import may_branch_on
-from ._constrain import check_event, check_positive
 from .affine import ElementwiseAffine
 from .base import FlowTransform
 
@@ -21,15 +21,26 @@ class ActNorm(ElementwiseAffine):
     log|det| = Σ log_scale, exact, and the same for every row. The identity until `initialize(batch)` sets `loc` and
     `log_scale`; from then on they are parameters like any other, and no pass depends on the rest of its batch.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters: `loc`, `log_scale` `(D)`. Buffer: `initialized`, a flag,
-    saved with the rest. O(D) in both directions. Raises `ValueError` when the last dimension is not D.
+    Parameters: `loc`, `log_scale` `(D)`. Buffer: `initialized`, a flag, saved with the rest. Cost: O(D) in both
+    directions. Eager training passes with `initialize_on_first_batch=True` read that flag, which synchronises with
+    the device; compiled programs do the same by `torch.where`.
 
-    With `initialize_on_first_batch=True` the first pass in training mode over two rows or more calls `initialize`, for
-    its own direction: the inverse pass, and so the data, when a density is trained; whatever comes first, so draw no
-    samples before. In compiled programs the same is done by `torch.where` on the flag. Eager training
-    passes read that flag, which waits for the device. In eval mode, and by default, passes change nothing.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        initialize_on_first_batch: whether the first pass in training mode over two rows or more calls `initialize`,
+            for its own direction: the inverse pass, and so the data, when a density is trained. Draw no samples before.
 
-    Source: Kingma & Dhariwal 2018, Glow, sec. 3.1.
+    Raises:
+        ValueError: if `input_dim` is not positive, or in a pass if the last dimension is not D.
+
+    Example:
+        >>> layer = ActNorm(2)
+        >>> layer.initialize(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), inverse=True)
+        >>> layer.loc.tolist()
+        [1.0, 2.0]
+
+    References:
+        Kingma & Dhariwal 2018, Glow, sec. 3.1.
     """
 
     initialized: Tensor
@@ -41,21 +52,27 @@ class ActNorm(ElementwiseAffine):
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.initialize_on_first_batch and self.training:
-            self._see(x, inverse=False)
+            self._initialize_once(x, inverse=False)
         return super().forward_and_ladj(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.initialize_on_first_batch and self.training:
-            self._see(y, inverse=True)
+            self._initialize_once(y, inverse=True)
         return super().inverse_and_ladj(y)
 
     @torch.no_grad()
     def initialize(self, batch: Tensor, *, inverse: bool = False) -> None:
         """Sets the parameters so that f(batch), or f⁻¹(batch) with `inverse=True`, has mean 0 and sd 1 by column.
 
-        `batch` is `(*, D)`; its sd divides by the number of rows. In density estimation the data go through the
-        inverse pass. A column that is constant to rounding (sd at most 10 machine epsilons times its largest value)
-        is centred and keeps its scale. Raises `ValueError` for fewer than 2 rows and for values that are not finite.
+        A column that is constant to rounding (sd at most 10 machine epsilons times its largest value) is centred and
+        keeps its scale.
+
+        Args:
+            batch: `(*, D)`, two rows or more; the sd divides by their number.
+            inverse: for data, which go through the inverse pass in density estimation.
+
+        Raises:
+            ValueError: for fewer than two rows, or values that are not finite.
         """
         rows = _rows(batch, self.input_dim)
         if not bool(rows.isfinite().all()):
@@ -66,8 +83,8 @@ class ActNorm(ElementwiseAffine):
         self.initialized.fill_(True)
 
     @torch.no_grad()
-    def _see(self, batch: Tensor, *, inverse: bool) -> None:
-        """Initialises from the first batch of two rows or more."""
+    def _initialize_once(self, batch: Tensor, *, inverse: bool) -> None:
+        """Initializes from the first batch of two rows or more."""
         check_event("batch", batch, self.input_dim)
         if batch.numel() < 2 * self.input_dim:
             return
@@ -86,24 +103,29 @@ class BatchNorm(FlowTransform):
     """y = m + √(v + ε) ⊙ exp(-γ) ⊙ (x - β): batch normalisation, which takes place in the inverse pass.
 
     The inverse, data to base, is x = β + exp(γ) ⊙ (y - m) / √(v + ε); log|det| of the forward map is
-    Σ ½ log(v + ε) - γ. Starts at the identity, up to ε.
+    Σ ½ log(v + ε) - γ. Starts at the identity, up to ε. In eval mode m and v are the moving statistics, and the map is
+    one for all rows, exactly invertible. In training mode the inverse pass takes m and v from its own batch, with
+    gradients through them, and moves the moving statistics towards them. Its rows then depend on each other, and its
+    log-det by row is that of the map with m and v held fixed: the objective of the papers, but no density of a row.
 
-    In eval mode m and v are the moving statistics, and the map is one map for all rows, exactly invertible.
-    In training mode the inverse pass takes m and v from its own batch (the variance divides by the number of rows),
-    with gradients through them, and moves the moving statistics towards them (there the variance divides by that number
-    less one). Its rows then depend on each other, and its log-det is by row that of the map with m and v held fixed,
-    not a share of the log-det of the map of the batch: the objective of Dinh et al. and Papamakarios et al., but no
-    density of a single row. The forward pass has no batch to take m and v from: in training mode it raises
-    `ValueError`, since with the moving statistics it would not invert the inverse. To train the orientation that
-    samples by normalising, take `.inv`.
+    Parameters: `beta`, `gamma` `(D)`. Buffers: `moving_mean`, `moving_var` `(D)`. Cost: O(D) in both directions.
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters: `beta`, `gamma` `(D)`. Buffers: `moving_mean`,
-    `moving_var` `(D)`. O(D) in both directions.
-    Raises `ValueError` when the last dimension is not D, and in training mode for fewer than 2 rows.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        momentum: weight of a batch in the moving statistics, in (0, 1].
+        eps: ε > 0.
 
-    Source: Dinh et al. 2017, Density estimation using Real NVP; with β and γ, Papamakarios et al. 2017, Masked
-    Autoregressive Flow for Density Estimation, who replace the moving statistics by those of the whole training set
-    before they evaluate: `set_statistics`.
+    Raises:
+        ValueError: in a pass, if the last dimension is not D; in training mode for fewer than 2 rows, and in the
+            forward direction, which has no batch of data: call `eval()`, or train `.inv`.
+
+    Example:
+        >>> x = BatchNorm(2).inv(torch.randn(8, 2))
+
+    References:
+        Dinh et al. 2017, Density estimation using Real NVP; with β and γ, Papamakarios et al. 2017, Masked
+        Autoregressive Flow for Density Estimation, who replace the moving statistics by those of the whole training
+        set before they evaluate: `set_statistics`.
     """
 
     moving_mean: Tensor
@@ -123,18 +145,18 @@ class BatchNorm(FlowTransform):
         self.register_buffer("moving_var", torch.ones(D))
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         if self.training:
             raise ValueError(
-                "BatchNorm: in training mode the statistics are those of the batch that enters the inverse pass, "
-                "and the forward pass has none; call .eval() first, or use .inv"
+                "BatchNorm: expected eval mode in the forward pass, got training mode, in which the statistics are those "
+                "of the batch that enters the inverse pass; call .eval() first, or use .inv"
             )
         log_scale = self._log_scale(self.moving_var)
         y = self.moving_mean + log_scale.exp() * (x - self.beta)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         mean, var = self._statistics(y)
         if self.training:
             with torch.no_grad():
@@ -146,7 +168,7 @@ class BatchNorm(FlowTransform):
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det Df(x)|, shape `(*)`; in training mode by the statistics of y, and these move nothing."""
+        """Returns log|det Df(x)| `(*)`; in training mode by the statistics of y, without moving the moving ones."""
         if not self.training:
             return super().log_abs_det_jacobian(x, y)
         if (hit := self._lookup(x=x, y=y)) is not None:
@@ -191,13 +213,3 @@ def _standardizing(rows: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
     is_constant = var <= rounding**2
     log_sd = torch.where(is_constant, 0.0, 0.5 * torch.where(is_constant, 1.0, var).log())
     return (mean, log_sd) if inverse else (-mean * (-log_sd).exp(), -log_sd)
-
-
-def actnorm(input_dim: int, *, initialize_on_first_batch: bool = False) -> ActNorm:
-    """An affine map by coordinate that starts from the moments of a batch: see `ActNorm`."""
-    return ActNorm(input_dim, initialize_on_first_batch=initialize_on_first_batch)
-
-
-def batchnorm(input_dim: int, *, momentum: float = 0.1, eps: float = 1e-5) -> BatchNorm:
-    """Batch normalisation in the inverse pass: see `BatchNorm`."""
-    return BatchNorm(input_dim, momentum=momentum, eps=eps)

@@ -1,4 +1,4 @@
-"""Padding with further dimensions, for augmented flows: no transform, but a step in front of one."""
+"""Padding with further dimensions, for augmented flows: a step in front of a transform."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ._constrain import check_event_dim, check_positive
+from ..ops import check_event_dim, check_positive
 
 
 class Pad:
     """(x, ε) with ε ~ q(ε | x): data with `num_pad` further elements, or for images `(C, H, W)` further channels.
 
-    Not a `FlowTransform`: x has fewer dimensions than z = (x, ε), so that no Jacobian belongs to the map, and a flow
-    over z gives a density of z alone. That bounds the density of x (a lower bound, from Jensen's inequality):
+    Not a `FlowTransform`: z = (x, ε) has more dimensions than x, so the map has no Jacobian determinant. A flow over z
+    gives a lower bound on the density of x, by Jensen's inequality:
 
         log p(x) = log ∫ p(x, ε) dε >= E_q[log p(x, ε) - log q(ε | x)],  with equality for q(ε | x) = p(ε | x).
 
-    With `padded, log_q = pad.pad(x)`, the mean of `flow.log_prob(padded) - log_q` over draws is an unbiased estimate of the
-    right-hand side, and the average of its exponential over several draws, one of p(x). Draws of x: `pad.unpad(flow.sample())`.
+    With `padded, log_q = pad.pad(x)`, the mean of `flow.log_prob(padded) - log_q` is an unbiased estimate of the
+    right-hand side, and the mean of its exponential one of p(x). Draws of x: `pad.unpad(flow.sample())`.
 
-    `kind="zero"` pads with zeros. These lie on a set of measure zero in the space of z: the flow's density there is
-    that of a slice, not of x, and maximising it has no maximum (the flow can put all its mass on the slice), so that
-    there is no log q and `log_q` is None. Good for nothing but comparisons: flows on zero padding become nearly singular.
+    Args:
+        num_pad: number of elements or channels to add.
+        kind: "gaussian", or "zero" for zeros. The latter lie on a set of measure zero, where a density has no maximum:
+            for comparisons only, without a log q.
+        event_dim: 1 for vectors, 3 for images.
 
-    `event_dim`: 1 for vectors, 3 for images. Raises `ValueError` for another kind or event_dim.
+    Raises:
+        ValueError: for another kind or event_dim.
 
-    Source: Huang, Dinh & Courville 2020, Augmented Normalizing Flows; zero padding against Gaussian padding, Koehler,
-    Mehta & Risteski 2021, Representational aspects of depth and conditioning in normalizing flows.
+    Example:
+        >>> padded, log_q = Pad(2).pad(torch.zeros(5, 3))
+        >>> padded.shape, log_q.shape
+        (torch.Size([5, 5]), torch.Size([5]))
+
+    References:
+        Huang, Dinh & Courville 2020, Augmented Normalizing Flows; zero against Gaussian padding: Koehler, Mehta &
+        Risteski 2021, Representational aspects of depth and conditioning in normalizing flows.
     """
 
     def __init__(self, num_pad: int, kind: str = "gaussian", *, event_dim: int = 1):
@@ -47,12 +56,16 @@ class Pad:
         *,
         distribution: dist.TorchDistribution | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x `(*, D)` -> (x, ε) `(*, D + num_pad)` and log q(ε | x) `(*)`, in nats; None for zeros.
+        """Returns (x, ε) `(*, D + num_pad)` and log q(ε | x) `(*)` in nats, None for zeros.
 
-        `distribution`: q(ε | x), of events `(num_pad,)` (images: `(num_pad, H, W)`), standard normal unless given; it may
-        have parameters, and depend on x by its batch. `noise`: the value of ε, drawn from q by `rsample` unless given;
-        further leading dimensions are further draws for the same x.
-        Raises `ValueError` for shapes that do not fit, and for either argument with zeros.
+        Args:
+            x: `(*, D)`, or images `(*, C, H, W)`.
+            noise: the value of ε, drawn from q by default; further leading dimensions are further draws for the same x.
+            distribution: q(ε | x), of events `(num_pad,)` (images: `(num_pad, H, W)`), standard normal by default; it
+                may have parameters, and depend on x by its batch.
+
+        Raises:
+            ValueError: if shapes do not fit, or if `noise` or `distribution` comes with zeros.
         """
         batch, event = self._noise_shape(x)
         if self.kind == "zero":
@@ -77,7 +90,7 @@ class Pad:
         return torch.cat([x, noise], -self.event_dim), q.log_prob(noise)
 
     def unpad(self, z: Tensor) -> Tensor:
-        """The x of (x, ε): `(*, D + num_pad)` -> `(*, D)`. Raises `ValueError` when nothing would be left."""
+        """Returns the x of (x, ε), `(*, D + num_pad)` -> `(*, D)`; raises `ValueError` if nothing would be left."""
         kept = (z.shape[-self.event_dim] if z.dim() >= self.event_dim else 0) - self.num_pad
         if kept < 1:
             raise ValueError(

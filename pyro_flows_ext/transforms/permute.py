@@ -7,15 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._constrain import check_event, check_positive
 from .base import FlowTransform
 
 
 class Permute(FlowTransform):
     """y_i = x_π(i) for a fixed permutation π of the coordinates; log|det| = 0, and `sign` is π's parity.
 
-    `permutation`: π(0), ..., π(D - 1), a buffer. Shapes `(*, D)`; O(D) in both directions.
-    Raises `ValueError` unless every number from 0 to D - 1 comes once.
+    Args:
+        permutation: π(0), ..., π(D - 1); becomes a buffer.
+
+    Raises:
+        ValueError: unless every number from 0 to D - 1 comes once.
+
+    Example:
+        >>> Permute([1, 2, 0])(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([11., 12., 10.])
     """
 
     permutation: Tensor
@@ -32,11 +38,11 @@ class Permute(FlowTransform):
         self.register_buffer("permutation", permutation.detach().long().clone())
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         return y.index_select(-1, self.permutation.argsort()), y.new_zeros(y.shape[:-1])
 
     @property
@@ -51,15 +57,3 @@ def parity(permutation: Tensor) -> int:
     """+1 for an even number of inversions, -1 for an odd one."""
     inversions = (permutation.unsqueeze(-1) > permutation).triu(1).sum()
     return 1 - 2 * int(inversions % 2)
-
-
-def permute(
-    input_dim: int, *, kind: str = "reverse", generator: torch.Generator | None = None
-) -> Permute:
-    """A fixed permutation of the coordinates: `kind` "reverse", or "random", drawn from `generator`. See `Permute`."""
-    check_positive("input_dim", input_dim)
-    if kind == "reverse":
-        return Permute(range(input_dim)[::-1])
-    if kind == "random":
-        return Permute(torch.randperm(input_dim, generator=generator))
-    raise ValueError(f"kind: expected one of reverse, random; got {kind!r}")

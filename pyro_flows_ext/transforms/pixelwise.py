@@ -4,32 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 from typing_extensions import Self
 
-from ._constrain import IMAGE, check_event_dim
-from .base import FlowTransform
-from .compose import at_context
-from .conditional import ConditionalModule
-from .linear import ConditionalLULinear, LULinear
+from ..ops import check_event_dim
+from .base import IMAGE, FlowTransform
+from .linear import LULinear
 
 Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Pixelwise(FlowTransform):
-    """y[:, h, w] = f(x[:, h, w]): a transform f of vectors `(C)`, over the channels of an image, at every pixel alike.
+    """y[:, h, w] = f(x[:, h, w]): a transform f of vectors `(C)` over the channels of an image, at every pixel alike.
 
-    log|det| = Σ_hw log|det Df(x[:, h, w])|, as exact as f's. For every f, `Permute`, `ActNorm` and `ComposeFlow` among them;
-    `Pixelwise(f).initialize(batch)` takes a batch of images, where f has an `initialize`. The batch shape is f's: f at a
-    context is one map for each image. Training-mode passes of `BatchNorm` and of `ActNorm(...,
-    initialize_on_first_batch=True)` count pixels for rows.
-    `sign` is 0, for not known, unless f's is 1: it depends on the number of pixels.
+    log|det| = Σ_hw log|det Df(x[:, h, w])|, as exact as that of f. The batch shape is f's: f at a context is one map
+    for each image. `Pixelwise(f).initialize(batch)` takes images where f has an `initialize`; training-mode passes
+    of `BatchNorm` and of `ActNorm(..., initialize_on_first_batch=True)` count pixels as rows. `sign` is 0, for not
+    known, unless f's is 1: it depends on the number of pixels. Cost: f on H · W times as many rows.
 
-    Shapes: x `(*, C, H, W)` -> y the same, ladj `(*)`. Cost: f on H · W times as many rows, in memory with channels
-    last. Raises `TypeError` when f is no `FlowTransform`, `ValueError` when it is not one of vectors, or for an input
-    with fewer than three dimensions or another number of channels than f takes.
+    Args:
+        transform: f, of vectors.
+
+    Raises:
+        TypeError: if `transform` is not a `FlowTransform`.
+        ValueError: if f is not a transform of vectors, or in a pass if the input has fewer than three dimensions.
+
+    Example:
+        >>> Pixelwise(Permute([1, 0])).forward_and_ladj(torch.zeros(5, 2, 4, 4))[0].shape
+        torch.Size([5, 2, 4, 4])
     """
 
     domain = codomain = IMAGE
@@ -45,6 +47,7 @@ class Pixelwise(FlowTransform):
                     f"{transform.domain.event_dim} and {transform.codomain.event_dim} dimensions"
                 )
         self.transform = transform
+        self.context_dim, self.batch_shape = transform.context_dim, transform.batch_shape
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._pass("x", x, self.transform.forward_and_ladj)
@@ -73,103 +76,61 @@ class Pixelwise(FlowTransform):
         return of_images
 
     @property
-    def batch_shape(self) -> torch.Size:  # type: ignore[override]
-        return self.transform.batch_shape
-
-    @property
     def sign(self) -> int:
         return (1 + self.transform.sign) // 2
 
-    def with_context(self, context: Tensor) -> Self:
-        """This transform with `context` `(*, C)` given to f, one for each image."""
-        return self._around(at_context(self.transform, context))
+    def condition(self, context: Tensor) -> Self:
+        """Returns this transform with f at a context `(*, context_dim)`, one for each image."""
+        if not self.context_dim:
+            return self
+        transform = self.transform.condition(context)
+        return self._with_modules(transform.batch_shape, transform=transform)
 
-    def _around(self, transform: FlowTransform) -> Self:
-        """This transform with another f."""
-        view = self._view(transform.batch_shape)
-        view.__dict__["_modules"] = {"transform": transform}
-        return view
-
-    def _state(self) -> list[Tensor]:
-        return self.transform._state()  # with what f is bound to, which is no parameter
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.transform!r})"
-
-
-class ConditionalPixelwise(ConditionalModule):
-    """`Pixelwise` of a conditional transform of vectors; `.condition(context)` with `(*, K)` gives one map an image."""
-
-    def __init__(self, transform: ConditionalTransformModule):
-        super().__init__()
-        self.transform = transform
-
-    def condition(self, context: Tensor) -> Pixelwise:
-        """The transform for this context: `(*, K)` -> a transform of batch shape `(*)`."""
-        return Pixelwise(self.transform.condition(context))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.transform!r})"
+    def extra_repr(self) -> str:
+        return repr(self.transform)
 
 
 class Invertible1x1Conv(Pixelwise):
     """y[:, h, w] = P (L U x[:, h, w] + b): an invertible 1x1 convolution by its LU factors, a `Pixelwise` `LULinear`.
 
-    log|det| = H W Σ log U_cc, exact. Starts at P, a random permutation of the channels that stays as it is, or at the
-    identity with `permute=False`; Glow starts at a random rotation. `bias=True` adds b.
+    log|det| = H W Σ log U_cc, exact. Starts at P, a random permutation of the channels that stays fixed; Glow starts
+    at a random rotation. Parameters and their bounds are those of `LULinear`. Cost: O(C²) a pixel in both directions.
 
-    Shapes: x `(*, C, H, W)` -> y the same, ladj `(*)`. Parameters and their bounds are `LULinear`'s.
-    Cost: O(C²) a pixel in both directions.
+    Args:
+        num_channels: C.
+        bias: whether b is learned; 0 otherwise.
+        permute: whether P is random; the identity otherwise.
+        context_dim: number of context variables that L, U and b depend on: one convolution for each image.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default.
 
-    Source: Kingma & Dhariwal 2018, Glow, sec. 3.2.
+    Example:
+        >>> Invertible1x1Conv(3, permute=False)
+        Invertible1x1Conv(3, bias=False, permute=False)
+
+    References:
+        Kingma & Dhariwal 2018, Glow, sec. 3.2.
     """
 
     transform: LULinear
 
-    def __init__(self, num_channels: int, *, bias: bool = False, permute: bool = True):
-        super().__init__(LULinear(num_channels, bias=bias, permute=permute))
-
-    def __repr__(self) -> str:
-        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
-        return f"{type(self).__name__}({self.transform.extra_repr()}{batch})"
-
-
-class ConditionalInvertible1x1Conv(ConditionalPixelwise):
-    """`Invertible1x1Conv` whose L, U and b depend on a context `(*, K)`; `.condition(context)` gives the transform.
-
-    One convolution for each image; P stays fixed. See `ConditionalLULinear`.
-    """
-
     def __init__(
         self,
         num_channels: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
         *,
         bias: bool = False,
         permute: bool = True,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
     ):
         super().__init__(
-            ConditionalLULinear(num_channels, context_dim, hidden_dims, bias=bias, permute=permute)
+            LULinear(
+                num_channels,
+                bias=bias,
+                permute=permute,
+                context_dim=context_dim,
+                hidden_dims=hidden_dims,
+            )
         )
 
-
-def invertible_1x1_conv(
-    num_channels: int, *, bias: bool = False, permute: bool = True
-) -> Invertible1x1Conv:
-    """An invertible 1x1 convolution: see `Invertible1x1Conv`."""
-    return Invertible1x1Conv(num_channels, bias=bias, permute=permute)
-
-
-def conditional_invertible_1x1_conv(
-    num_channels: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    *,
-    bias: bool = False,
-    permute: bool = True,
-) -> ConditionalInvertible1x1Conv:
-    """An invertible 1x1 convolution amortized over a context: see `ConditionalInvertible1x1Conv`."""
-    return ConditionalInvertible1x1Conv(
-        num_channels, context_dim, hidden_dims, bias=bias, permute=permute
-    )
+    def extra_repr(self) -> str:
+        return self.transform.extra_repr()

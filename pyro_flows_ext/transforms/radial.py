@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._constrain import check_event, check_positive, slope_minus_one
+from ..ops import check_positive
 from .base import FlowTransform
-from .conditional import ConditionalFlow
+from .bounds import slope_minus_one
 
 # A bump narrower than this cannot be told from a point by data scaled to unit variance, and α > 0 keeps 1 / (α + r)
 # finite at the centre.
@@ -23,15 +23,35 @@ class Radial(FlowTransform):
     log|det| = (D - 1) log(1 + β h) + log(1 + β α h²) with h = 1 / (α + r), exact. α > 0 and β > -α hold for any
     parameter value, so every layer is invertible. Starts near the identity (β ≈ 0).
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters for K layers: `x0` `(K, D)`, `alpha_raw`, `beta_raw`
-    `(K)`, with α = softplus(alpha_raw) and β / α an exponential linear unit of beta_raw, above -1.
-    Cost: O(KD) in both directions: the inverse radius is the positive root of a quadratic.
-    Raises `ValueError` when the last dimension is not D.
+    Parameters of K layers: `x0` `(K, D)`, `alpha_raw`, `beta_raw` `(K)`, with α = softplus(alpha_raw) and β / α an
+    exponential linear unit of beta_raw, above -1. Cost: O(KD) in both directions: the inverse radius is the positive
+    root of a quadratic.
 
-    Source: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows, eq. 14 and app. A.2.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        num_layers: K, the number of layers.
+        context_dim: number of context variables that x₀, α and β depend on.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: if `input_dim` or `num_layers` is not positive, or in a pass if the last dimension is not D.
+
+    Example:
+        >>> flow = Radial(3, num_layers=2)
+        >>> y, ladj = flow.forward_and_ladj(torch.zeros(5, 3))
+
+    References:
+        Rezende & Mohamed 2015, Variational Inference with Normalizing Flows, eq. 14 and app. A.2.
     """
 
-    def __init__(self, input_dim: int, *, num_layers: int = 1):
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_layers: int = 1,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+    ):
         super().__init__()
         self.input_dim = D = check_positive("input_dim", input_dim)
         self.num_layers = K = check_positive("num_layers", num_layers)
@@ -39,6 +59,7 @@ class Radial(FlowTransform):
         # α near √D, the radius at which a standard normal lives.
         self.alpha_raw = nn.Parameter(D**0.5 + 0.1 * torch.randn(K))
         self.beta_raw = nn.Parameter(0.01 * torch.randn(K))
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def _layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         alpha = F.softplus(self.alpha_raw) + MIN_ALPHA
@@ -46,7 +67,7 @@ class Radial(FlowTransform):
         return self.x0.unbind(-2), alpha.unbind(-1), beta.unbind(-1)
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         terms = []
         for x0, alpha, beta in zip(*self._layers(), strict=True):
             d = x - x0
@@ -56,7 +77,7 @@ class Radial(FlowTransform):
         return x, torch.stack(terms).sum(0)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         terms = []
         for x0, alpha, beta in reversed(list(zip(*self._layers(), strict=True))):
             d = y - x0
@@ -93,33 +114,3 @@ def _safe_sqrt(square: Tensor) -> Tensor:
 
 def _norm(d: Tensor) -> Tensor:
     return _safe_sqrt((d * d).sum(-1))
-
-
-class ConditionalRadial(ConditionalFlow):
-    """Radial layers whose x₀, α and β depend on a context `(*, C)`; `.condition(context)` gives the transform."""
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        *,
-        num_layers: int = 1,
-    ):
-        super().__init__(Radial(input_dim, num_layers=num_layers), context_dim, hidden_dims)
-
-
-def radial(input_dim: int, *, num_layers: int = 1) -> Radial:
-    """A radial flow of `num_layers` layers: see `Radial`."""
-    return Radial(input_dim, num_layers=num_layers)
-
-
-def conditional_radial(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    *,
-    num_layers: int = 1,
-) -> ConditionalRadial:
-    """A radial flow amortized over a context: see `ConditionalRadial`."""
-    return ConditionalRadial(input_dim, context_dim, hidden_dims, num_layers=num_layers)

@@ -5,27 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from ..nn import LipschitzConvNet, LipschitzMLP, LipSwish
 from ..ops import (
     Linearizable,
     Opaque,
     Product,
+    check_context_dim,
+    check_event,
+    check_positive,
     contraction_inverse,
     exact_log_det,
     log_det_series,
     neumann_log_det,
+    read_event_shape,
     roulette_weights,
 )
-from ._constrain import IMAGE, check_event, check_positive, read_event_shape
-from .base import FlowTransform
-from .conditional import ContextualFlow
+from .base import IMAGE, FlowTransform
 
 # Up to this dimension the log-det is exact in eval mode unless somebody says otherwise.
 EXACT_DIM = 16
@@ -33,10 +35,11 @@ EXACT_DIM = 16
 
 @dataclass(frozen=True, eq=False)
 class LogDetNoise:
-    """All that is random in an estimate of a log-det: see `ResidualFlow.draw_noise`.
+    """The random numbers of an estimate of a log-det: see `ResidualFlow.draw_noise`.
 
-    v: probes `(S, *, event)` with E vvᵀ = I, broadcast against the input and averaged over S. weights: one factor for
-    each term of the power series, the inverse of the probability that the term was taken.
+    Attributes:
+        v: probes `(S, *, event)` with E vvᵀ = I, broadcast against the input and averaged over S.
+        weights: one factor for each term of the power series, the inverse of the probability that the term is taken.
     """
 
     v: Tensor
@@ -47,56 +50,40 @@ class LogDetNoise:
         return len(self.weights)
 
 
-class ResidualOptions(TypedDict, total=False):
-    """Keywords of residual flows: see `ResidualFlow`."""
-
-    lipschitz: float
-    exact_log_det: bool | None
-    num_exact_terms: int | None
-    continue_prob: float
-    num_probes: int
-    neumann_gradient: bool
-    net: nn.Module | None
-    activation: Callable[[], nn.Module]
-
-
 class ResidualFlow(FlowTransform):
-    """y = x + g(x) with Lip(g) <= `lipschitz` < 1; log|det| = log det(I + J), J = ∂g/∂x: exact, or an unbiased estimate.
+    """y = x + g(x; c) with Lip(g) <= `lipschitz` < 1; log|det| = log det(I + J), J = ∂g/∂x: exact, or an unbiased estimate.
 
-    Every variable may depend on every other, and J is free but for its norm. g is an `nn.LipschitzMLP` of `hidden_dims`
-    for vectors (`input_dim` = D) and an `nn.LipschitzConvNet` of those widths for images (`input_dim` = `(C, H, W)`), a
-    contraction for any parameter values; it starts at zero, and the transform at the identity. `net`: any module
-    `net(x)` of your own in its place, `net(x, context)` with a context, of events to events; that its
-    Lipschitz constant is `lipschitz` at most (its attribute of that name, if it has one) is then your word.
-    `context_dim` > 0 makes a layer that needs `with_context`: use the conditional classes.
+    g is a contraction for any parameter values, and starts at zero. The inverse is the fixed point x = y - g(x),
+    accelerated: see `ops.contraction_inverse`. Exact log-dets cost D products with J. Estimates take the power series
+    Σ_k (-1)^(k+1) tr(Jᵏ) / k, with Russian roulette beyond its leading terms and traces vᵀJᵏv; their variance is finite
+    where the spectral radius of J is below √continue_prob. A pass that estimates draws fresh noise from torch's global
+    generator; `with_noise` holds it fixed, as `torch.compile` needs. See the page on transforms for the cost.
 
-    Log-det. Exact by an LU decomposition of the D x D Jacobian, which costs D products with it, when `exact_log_det` is
-    True, or when it is None, in eval mode, for D <= 16. (True is worth its price in training, too, for a few variables:
-    for two it costs what an estimate does.) Otherwise the power series Σ_k (-1)^(k+1) tr(Jᵏ) / k, with `num_exact_terms`
-    leading terms (None: 2 in training mode, 20 in eval mode) and Russian roulette for the rest: each further term is
-    taken with the probability `continue_prob`, given the one before it, and weighted up accordingly; its traces are
-    vᵀJᵏv for `num_probes` Rademacher vectors v a row. That is unbiased for any parameters. Its variance is finite where the
-    spectral radius of J is below √continue_prob: .84 by default (trained layers came to .5 to .78). More than
-    lipschitz² (.95) is enough for every one, with 19 further terms in the mean. Most of the variance comes from the
-    probes, and does not fall with the number of terms.
+    Args:
+        input_dim: D for events `(*, D)`, `(C, H, W)` for images.
+        hidden_dims: widths of g, an `nn.LipschitzMLP` or, for images, an `nn.LipschitzConvNet`.
+        lipschitz: bound on the Lipschitz constant of g.
+        exact_log_det: whether log-dets are exact; by default in eval mode for D <= 16.
+        num_exact_terms: leading terms of an estimate; by default 2 in training mode, 20 in eval mode.
+        continue_prob: probability of each further term, given the one before it.
+        num_probes: Rademacher vectors v for each row.
+        neumann_gradient: estimate gradients by the Neumann series: unbiased, at the memory of one product, without
+            a second derivative. False differentiates the power series.
+        net: a module `net(x)`, or `net(x, context)`, in place of the default; its Lipschitz constant must be at most
+            `lipschitz`, or its own attribute of that name.
+        activation: of the default network, of slope 1 at most.
+        context_dim: number of context variables that g reads.
 
-    Randomness. A pass that estimates draws fresh noise from torch's global generator, so that two passes over one value
-    differ, while `t(x)` and `t.log_abs_det_jacobian(x, y)` after it agree, by the cache. `t.with_noise(noise)`
-    is a view with the noise held fixed, which scores the same value the same, in both directions and modes;
-    `t.draw_noise(x, generator)` draws one. Under `torch.compile`, give the noise.
+    Raises:
+        ValueError: if an option is out of range, or in a pass if the input has another shape.
 
-    Gradients. With `neumann_gradient` (the default) those of an estimate are an estimate too, from the Neumann series:
-    unbiased, right for each row under any weights, at the memory of one product; they have no second derivative, and for
-    one noise are not the derivative of the value. False differentiates the power series, and keeps every term's graph.
+    Example:
+        >>> flow = ResidualFlow(2, (16, 16)).eval()
+        >>> x = flow.inv(torch.ones(5, 2))
 
-    Inverse: the fixed point x = y - g(x), accelerated: see `ops.contraction_inverse`, also for derivatives.
-
-    Shapes: x `(*, D)` or `(*, C, H, W)` -> y the same, ladj `(*)`. Cost: one pass of g forward, 4 to 10 with Jacobians
-    backward (10 to 30 without, for D > 16). Raises `ValueError` where an input has another shape, where a context is
-    needed and none was given, and for options out of range.
-
-    Source: Behrmann, Grathwohl, Chen, Duvenaud & Jacobsen 2019, Invertible Residual Networks; Chen, Behrmann, Duvenaud &
-    Jacobsen 2019, Residual Flows for Invertible Generative Modeling.
+    References:
+        Behrmann, Grathwohl, Chen, Duvenaud & Jacobsen 2019, Invertible Residual Networks; Chen, Behrmann, Duvenaud &
+        Jacobsen 2019, Residual Flows for Invertible Generative Modeling.
     """
 
     noise: LogDetNoise | None = None
@@ -128,7 +115,7 @@ class ResidualFlow(FlowTransform):
         self.exact_log_det, self.num_exact_terms = exact_log_det, num_exact_terms
         self.continue_prob, self.neumann_gradient = float(continue_prob), neumann_gradient
         self.num_probes = check_positive("num_probes", num_probes)
-        self.context_dim = context_dim
+        self.context_dim = check_context_dim(context_dim)
         if net is None:
             options: dict[str, Any] = {
                 "lipschitz": lipschitz,
@@ -156,7 +143,7 @@ class ResidualFlow(FlowTransform):
 
     @property
     def codomain(self) -> Any:  # type: ignore[override]
-        return self.domain
+        return IMAGE if len(self.event_shape) == 3 else constraints.real_vector
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         g, x = self._bind("x", x)
@@ -170,8 +157,9 @@ class ResidualFlow(FlowTransform):
 
     def _bind(self, name: str, x: Tensor) -> tuple[Linearizable, Tensor]:
         """g as a function of x alone, and x with the batch dimensions of the context."""
-        check_event(name, x, self.event_shape)
-        if (context := self._read_context()) is not None:
+        self._check_input(name, x)
+        context = self.context
+        if context is not None:
             x = x.expand(self.forward_shape(x.shape))
         if hasattr(self.net, "bind"):
             return self.net.bind(context), x  # type: ignore[operator]
@@ -197,9 +185,9 @@ class ResidualFlow(FlowTransform):
         return self.exact_log_det
 
     def draw_noise(self, x: Tensor, generator: torch.Generator | None = None) -> LogDetNoise:
-        """The noise of an estimate at `x` `(*, event)`: probes for each row, one number of terms for all.
+        """Returns the noise of an estimate at `x` `(*, event)`: probes for each row, one number of terms for all.
 
-        Without a `generator` the probes are drawn where x is, and the number of terms on the CPU.
+        Without a `generator`, the probes are drawn on the device of x, and the number of terms on the CPU.
         """
         check_event("x", x, self.event_shape)
         shape = (self.num_probes, *self.forward_shape(x.shape))
@@ -214,7 +202,7 @@ class ResidualFlow(FlowTransform):
         return LogDetNoise((2 * bits - 1).to(x), weights)
 
     def with_noise(self, noise: LogDetNoise) -> Self:
-        """This transform with log-dets estimated by `noise` in every pass, in either mode; parameters are shared."""
+        """Returns a view of this transform whose log-dets are estimated with `noise` in every pass, in either mode."""
         if self.exact_log_det:
             raise ValueError("noise: expected none, since exact_log_det=True")
         view = self._view(self.batch_shape, *self.__dict__.get("_bound", ()), noise.v)
@@ -224,28 +212,3 @@ class ResidualFlow(FlowTransform):
     def extra_repr(self) -> str:
         exact = "" if self.exact_log_det is None else f", exact_log_det={self.exact_log_det}"
         return f"{self.input_dim}, lipschitz={self.lipschitz:g}{exact}"
-
-
-class ConditionalResidualFlow(ContextualFlow):
-    """`ResidualFlow` whose g also sees a context `(*, C)`, and is a contraction in x for each; `.condition(context)`."""
-
-    base = ResidualFlow
-
-
-def residual_flow(
-    input_dim: int | Sequence[int],
-    hidden_dims: Sequence[int] | None = None,
-    **options: Unpack[ResidualOptions],
-) -> ResidualFlow:
-    """A residual flow of vectors (D) or images (C, H, W): see `ResidualFlow`."""
-    return ResidualFlow(input_dim, hidden_dims, **options)
-
-
-def conditional_residual_flow(
-    input_dim: int | Sequence[int],
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: Unpack[ResidualOptions],
-) -> ConditionalResidualFlow:
-    """A residual flow amortized over a context: see `ConditionalResidualFlow`."""
-    return ConditionalResidualFlow(input_dim, context_dim, hidden_dims, **options)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ..ops import householder_columns, orthonormal_columns, turned_columns
-from ._constrain import MIN_SLOPE, check_positive
-from ._low_rank import LowRankTanh, layers
-from .conditional import ConditionalFlow
+from ..ops import check_positive, householder_columns, orthonormal_columns, turned_columns
+from .bounds import MIN_SLOPE
+from .low_rank import LowRankTanh, layers
+
+
+class SylvesterOptions(TypedDict, total=False):
+    """Keywords that all Sylvester flows share: see `Sylvester`."""
+
+    rank: int | None
+    num_layers: int
+    context_dim: int
+    hidden_dims: Sequence[int] | None
 
 
 class Sylvester(LowRankTanh):
@@ -20,18 +31,24 @@ class Sylvester(LowRankTanh):
     are upper triangular, and the tanh on both diagonals keeps R_ii R̃_ii > -1 for any parameter value. Starts near
     the identity (R ≈ 0).
 
-    Shapes: x `(*, D)` -> y `(*, D)`, ladj `(*)`. Parameters for K layers of rank M <= D: `r` `(K, M, M)` (R on
-    and above its diagonal, R̃ below, transposed), `r_tilde_diag`, `b` `(K, M)`, and what the kind needs for Q. Q, QR
-    and R̃Qᵀ of all layers come from batched operations.
-    Cost: forward O(KDM), plus Q once a call; the inverse adds M scalar roots a layer by back-substitution, since in
-    the basis of Q the map is triangular.
-    Raises `ValueError` when the last dimension is not D.
+    Parameters of K layers: `r` `(K, M, M)` (R on and above its diagonal, R̃ below, transposed), `r_tilde_diag`, `b`
+    `(K, M)`, and those of the kind for Q. Cost: forward O(KDM), plus Q once a call; the inverse adds M scalar roots
+    a layer by back-substitution, since in the basis of Q the map is triangular.
 
-    Source: van den Berg et al. 2018, Sylvester Normalizing Flows, eqs. 8, 9 and 13. Their formulas are for column
-    vectors and hold here for x as a column; in code the rows of x multiply the transposes.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        rank: M <= D; D by default.
+        num_layers: K, the number of layers.
+        context_dim: number of context variables that Q, R, R̃ and b depend on.
+        hidden_dims: widths of the network that reads the context; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: if `rank` exceeds D, or in a pass if the last dimension is not D.
+
+    References:
+        van den Berg et al. 2018, Sylvester Normalizing Flows, eqs. 8, 9 and 13. Their formulas are for column
+        vectors and hold here for x as a column; in code the rows of x multiply the transposes.
     """
-
-    kind = ""
 
     def __init__(self, input_dim: int, *, rank: int | None = None, num_layers: int = 1):
         super().__init__(input_dim, num_layers)
@@ -44,9 +61,9 @@ class Sylvester(LowRankTanh):
         self.r_tilde_diag = nn.Parameter(torch.ones(K, M))
         self.b = nn.Parameter(0.1 * torch.randn(K, M))
 
+    @abstractmethod
     def _q(self) -> Tensor:
         """Q of all layers, `(*, K, D, M)` or broadcastable to it."""
-        raise TypeError(f"{type(self).__name__} must define _q()")
 
     def _factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
         Q = self._q()
@@ -69,26 +86,50 @@ class OrthogonalSylvester(Sylvester):
     """A Sylvester flow whose Q is the orthonormal factor of a free matrix `q` `(K, D, M)`: see `Sylvester`.
 
     Reduced QR in place of the iteration of van den Berg et al. (2018, eq. 14): exact to machine precision, and faster.
+
+    With a context, the network turns the Q of all contexts towards Q + h(c) (`ops.turned_columns`), which it can do to
+    any extent, at O(D³) a layer and datum. The factor of a free matrix q + h(c) would not do: a square one is singular
+    for some context as soon as its determinant has both signs, and there Q jumps and has an infinite gradient.
+
+    Example:
+        >>> OrthogonalSylvester(4, rank=2, num_layers=3)
+        OrthogonalSylvester(4, rank=2, num_layers=3)
     """
 
-    kind = "orthogonal"
-
-    def __init__(self, input_dim: int, *, rank: int | None = None, num_layers: int = 1):
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        rank: int | None = None,
+        num_layers: int = 1,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+    ):
         super().__init__(input_dim, rank=rank, num_layers=num_layers)
         self.q = nn.Parameter(torch.randn(self.num_layers, self.input_dim, self.rank))
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def _q(self) -> Tensor:
         return orthonormal_columns(self.q)
+
+    def _shifted(self, name: str, offset: Tensor) -> Tensor:
+        if name == "q":
+            return turned_columns(orthonormal_columns(self.q), offset)
+        return super()._shifted(name, offset)
 
 
 class HouseholderSylvester(Sylvester):
     """A Sylvester flow whose Q is a product of reflections by the rows of `v` `(K, H, D)`: see `Sylvester`.
 
-    `num_reflections=None` means min(D, 8), the number van den Berg et al. (2018, sec. 4.2) use for D = 64. With
-    rank M < D, Q is the first M columns of the product.
-    """
+    With rank M < D, Q is the first M columns of the product. Q is a smooth function of a context, too.
 
-    kind = "householder"
+    Args:
+        num_reflections: H; min(D, 8) by default, the number that van den Berg et al. (2018, sec. 4.2) use for D = 64.
+
+    Example:
+        >>> HouseholderSylvester(4, num_reflections=2)
+        HouseholderSylvester(4, rank=4, num_layers=1, num_reflections=2)
+    """
 
     def __init__(
         self,
@@ -97,12 +138,15 @@ class HouseholderSylvester(Sylvester):
         rank: int | None = None,
         num_reflections: int | None = None,
         num_layers: int = 1,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
     ):
         super().__init__(input_dim, rank=rank, num_layers=num_layers)
         if num_reflections is None:
             num_reflections = min(self.input_dim, 8)
         self.num_reflections = check_positive("num_reflections", num_reflections)
         self.v = nn.Parameter(torch.randn(self.num_layers, self.num_reflections, self.input_dim))
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def _q(self) -> Tensor:
         return householder_columns(self.v, self.rank)
@@ -114,10 +158,13 @@ class HouseholderSylvester(Sylvester):
 class TriangularSylvester(Sylvester):
     """A Sylvester flow whose Q alternates between the identity and the flip of all coordinates: see `Sylvester`.
 
-    The first layer's Q is the flip with `flip=True`, and the identity otherwise (van den Berg et al. 2018, sec. 4.3).
-    """
+    Args:
+        flip: whether the first layer's Q is the flip (van den Berg et al. 2018, sec. 4.3).
 
-    kind = "triangular"
+    Example:
+        >>> TriangularSylvester(4, num_layers=2)
+        TriangularSylvester(4, rank=4, num_layers=2, flip=False)
+    """
 
     def __init__(
         self,
@@ -126,9 +173,12 @@ class TriangularSylvester(Sylvester):
         rank: int | None = None,
         num_layers: int = 1,
         flip: bool = False,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
     ):
         super().__init__(input_dim, rank=rank, num_layers=num_layers)
         self.flip = flip
+        self.add_hyper_network(context_dim, hidden_dims)
 
     def _q(self) -> Tensor:
         eye = torch.eye(self.input_dim, dtype=self.b.dtype, device=self.b.device)
@@ -140,64 +190,10 @@ class TriangularSylvester(Sylvester):
         return f"{super().extra_repr()}, flip={self.flip}"
 
 
-class ConditionalSylvester(ConditionalFlow):
-    """Sylvester layers whose Q, R, R̃ and b depend on a context `(*, C)`: what the three kinds share.
-
-    `.condition(context)` gives the transform. The hyper-network's last layer emits K(M² + 2M) numbers a datum,
-    and K D M (orthogonal) or K H D (Householder) more for Q.
-    """
-
-    base: type[Sylvester]
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        *,
-        rank: int | None = None,
-        num_layers: int = 1,
-        **options: int,
-    ):
-        transform = self.base(input_dim, rank=rank, num_layers=num_layers, **options)
-        super().__init__(transform, context_dim, hidden_dims)
-
-
-class ConditionalOrthogonalSylvester(ConditionalSylvester):
-    """`OrthogonalSylvester` amortized over a context: see `ConditionalSylvester`.
-
-    The network's h(c) turns the Q of all contexts towards Q + h (`ops.turned_columns`), which it can do to any extent.
-    The Q of a free matrix q + h would not do here: square, it is singular for some context as soon as its determinant
-    has both signs, and there Q jumps and has an infinite gradient. Cost: D³ a layer and datum.
-    """
-
-    base = OrthogonalSylvester
-
-    def _shift(self, name: str, offset: Tensor) -> Tensor:
-        if name == "q":
-            return turned_columns(orthonormal_columns(self.transform.q), offset)  # type: ignore[arg-type]
-        return super()._shift(name, offset)
-
-
-class ConditionalHouseholderSylvester(ConditionalSylvester):
-    """`HouseholderSylvester` amortized over a context; takes `num_reflections`: see `ConditionalSylvester`."""
-
-    base = HouseholderSylvester
-
-
-class ConditionalTriangularSylvester(ConditionalSylvester):
-    """`TriangularSylvester` amortized over a context; takes `flip`: see `ConditionalSylvester`."""
-
-    base = TriangularSylvester
-
-
-_KINDS = {
-    cls.kind: (cls, conditional)
-    for cls, conditional in (
-        (OrthogonalSylvester, ConditionalOrthogonalSylvester),
-        (HouseholderSylvester, ConditionalHouseholderSylvester),
-        (TriangularSylvester, ConditionalTriangularSylvester),
-    )
+_KINDS: dict[str, type[Sylvester]] = {
+    "orthogonal": OrthogonalSylvester,
+    "householder": HouseholderSylvester,
+    "triangular": TriangularSylvester,
 }
 
 
@@ -205,44 +201,28 @@ def sylvester(
     input_dim: int,
     *,
     kind: str = "orthogonal",
-    rank: int | None = None,
     num_reflections: int | None = None,
-    num_layers: int = 1,
+    **options: Unpack[SylvesterOptions],
 ) -> Sylvester:
-    """A Sylvester flow of `num_layers` layers; `kind` is "orthogonal", "householder" or "triangular".
+    """Returns a Sylvester flow of one kind.
 
-    `rank=None` is full rank; `num_reflections` goes with kind "householder" alone. See `Sylvester`.
+    Args:
+        input_dim: D, for events `(*, D)`.
+        kind: "orthogonal", "householder" or "triangular".
+        num_reflections: for kind "householder" only.
+        options: as in `Sylvester`.
+
+    Raises:
+        ValueError: if `kind` is not one of the three, or `num_reflections` comes with another kind.
+
+    Example:
+        >>> sylvester(4, kind="triangular", rank=2)
+        TriangularSylvester(4, rank=2, num_layers=1, flip=False)
     """
-    cls, _ = _look_up(kind)
-    options = _options(kind, num_reflections)
-    return cls(input_dim, rank=rank, num_layers=num_layers, **options)
-
-
-def conditional_sylvester(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    *,
-    kind: str = "orthogonal",
-    rank: int | None = None,
-    num_reflections: int | None = None,
-    num_layers: int = 1,
-) -> ConditionalSylvester:
-    """A Sylvester flow amortized over a context: see `sylvester` for the keywords and `ConditionalSylvester`."""
-    _, cls = _look_up(kind)
-    options = _options(kind, num_reflections)
-    return cls(input_dim, context_dim, hidden_dims, rank=rank, num_layers=num_layers, **options)
-
-
-def _look_up(kind: str) -> tuple[type[Sylvester], type[ConditionalSylvester]]:
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}; got {kind!r}")
-    return _KINDS[kind]
-
-
-def _options(kind: str, num_reflections: int | None) -> dict[str, int]:
-    if num_reflections is None:
-        return {}
-    if kind != "householder":
+    if kind == "householder":
+        return HouseholderSylvester(input_dim, num_reflections=num_reflections, **options)
+    if num_reflections is not None:
         raise ValueError(f'num_reflections goes with kind="householder", not with {kind!r}')
-    return {"num_reflections": num_reflections}
+    return _KINDS[kind](input_dim, **options)

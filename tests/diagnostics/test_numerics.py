@@ -14,15 +14,14 @@ from pyro_flows_ext.transforms import (
     ActNorm,
     BatchNorm,
     ComposeFlow,
-    ConditionalAffineCoupling,
-    ConditionalElementwiseAffine,
+    Coupling,
     ElementwiseAffine,
     FlowTransform,
+    HouseholderLinear,
+    Invertible1x1Conv,
     Permute,
     Squeeze,
     Whitening,
-    householder_linear,
-    invertible_1x1_conv,
     planar,
     realnvp,
     residual,
@@ -72,7 +71,7 @@ def test_a_linear_map_by_its_singular_values() -> None:
     [
         (scaling(8.0, 2.0, 0.5), 16.0, (8.0, 2.0)),
         (Permute([2, 0, 1]), 1.0, (1.0, 1.0)),
-        (householder_linear(3).double(), 1.0, (1.0, 1.0)),
+        (HouseholderLinear(3).double(), 1.0, (1.0, 1.0)),
         (ComposeFlow([scaling(4.0, 1.0, 1.0), Permute([1, 0, 2])]), 4.0, (4.0, 1.0)),
     ],
     ids=["scaling", "permutation", "reflections", "chain"],
@@ -129,7 +128,7 @@ def test_rows_are_looked_at_one_by_one(batch: tuple[int, ...]) -> None:
 
 
 def test_images_count_as_one_vector() -> None:
-    transform = ComposeFlow([Squeeze(), invertible_1x1_conv(4)]).double()
+    transform = ComposeFlow([Squeeze(), Invertible1x1Conv(4)]).double()
     with torch.no_grad():
         for parameter in transform.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -148,7 +147,7 @@ def test_images_count_as_one_vector() -> None:
 
 @pytest.mark.parametrize(
     "conditional",
-    [ConditionalElementwiseAffine(2, 1), ConditionalAffineCoupling(2, 1, (4,))],
+    [ElementwiseAffine(2, context_dim=1), Coupling(2, (4,), context_dim=1)],
     ids=["hyper-network", "network input"],
 )
 def test_contexts_in_a_batch(conditional: nn.Module) -> None:
@@ -267,8 +266,8 @@ def test_no_graph_comes_back(diagnostic) -> None:
 
 @any_diagnostic
 def test_refusals(diagnostic) -> None:
-    conditional = ConditionalAffineCoupling(2, 1, (4,))
-    with pytest.raises(TypeError, match=r"condition\(context\)"):
+    conditional = Coupling(2, (4,), context_dim=1)
+    with pytest.raises(ValueError, match=r"condition\(context\)"):
         diagnostic(conditional, torch.randn(3, 2))
     with pytest.raises(TypeError, match="expected a FlowTransform, got a Linear"):
         diagnostic(nn.Linear(2, 2), torch.randn(3, 2))

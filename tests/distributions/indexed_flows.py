@@ -18,7 +18,7 @@ INNER = {
     "maf": lambda D: T.maf(D, num_layers=2, hidden_dims=HIDDEN),
     "realnvp": lambda D: T.realnvp(D, num_layers=2, hidden_dims=HIDDEN),
     "nsf": lambda D: T.nsf(D, num_layers=2, hidden_dims=HIDDEN, num_bins=4, linear=False),
-    "residual": lambda D: [T.residual_flow(D, HIDDEN).eval() for _ in range(2)],
+    "residual": lambda D: [T.ResidualFlow(D, HIDDEN).eval() for _ in range(2)],
     "planar": lambda D: [T.planar(D), T.planar(D).inv],
 }
 
@@ -33,7 +33,7 @@ def indexed(transforms, dim=2, index_dim=1, scale=0.4, base=None):
 
 
 def one_layer(dim=2, scale=0.4):
-    inner = T.affine_autoregressive(dim, HIDDEN) if dim > 1 else T.elementwise_affine(1)
+    inner = T.affine_autoregressive(dim, HIDDEN) if dim > 1 else T.ElementwiseAffine(1)
     return indexed(inner, dim, scale=scale)
 
 

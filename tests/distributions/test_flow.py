@@ -150,7 +150,7 @@ def test_conditioning_again_replaces_the_context():
     x = torch.randn(2).double()
     torch.testing.assert_close(density.condition(b).log_prob(x), density.condition(b).log_prob(x))
     assert not torch.allclose(density.condition(a).log_prob(x), density.condition(b).log_prob(x))
-    with pytest.raises(ValueError, match=r"call condition\(context\) first"):
+    with pytest.raises(ValueError, match=r"condition\(context\) first"):
         density.sample()  # the density itself has none
 
 
@@ -223,7 +223,7 @@ class NoBase(nn.Module):
         (
             lambda: FlowDistribution(normal(2), [T.planar(2), nn.Linear(2, 2)]),
             TypeError,
-            "conditional ones, got a Linear",
+            "expected FlowTransforms, got a Linear",
         ),
         (
             lambda: FlowDistribution(dist.Normal(nn.Parameter(torch.zeros(2)), 1.0), T.planar(2)),
@@ -248,7 +248,7 @@ class NoBase(nn.Module):
         (
             lambda: FlowDistribution(normal(2), T.conditional_planar(2, 3)).sample(),
             ValueError,
-            r"call condition\(context\) first",
+            r"condition\(context\) first",
         ),
         (
             lambda: FlowDistribution(normal(2), T.planar(2)).expand((3,)).expand((4,)),

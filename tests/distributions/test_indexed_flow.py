@@ -42,7 +42,7 @@ def test_indices_tell_where_they_are_from_the_start(hidden_dims):
 
 def test_training_puts_the_indices_to_use():
     """Two separate bumps under an affine map, which alone is a normal: 2.12 nats at best. The data's entropy is .91."""
-    density = ContinuouslyIndexedFlow(normal(1), T.elementwise_affine(1))
+    density = ContinuouslyIndexedFlow(normal(1), T.ElementwiseAffine(1))
     optimizer = torch.optim.Adam(density.parameters(), lr=5e-3)
 
     def loss():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pyro_flows_ext.distributions.latent_prior import FlowVAE
-from pyro_flows_ext.transforms import ElementwiseAffine, nsf, squeeze
+from pyro_flows_ext.transforms import ElementwiseAffine, Squeeze, nsf
 
 
 class Linear(nn.Module):
@@ -110,7 +110,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="decoder: expected"):
         FlowVAE(nsf(2), 2, 1, decoder=nn.Linear(1, 2))
     with pytest.raises(ValueError, match="one of vectors"):
-        FlowVAE(squeeze(2), 4, 1)
+        FlowVAE(Squeeze(2), 4, 1)
     with pytest.raises(TypeError, match="FlowTransform"):
         FlowVAE(nn.Linear(2, 2), 2, 1)
     with pytest.raises(ValueError, match=r"shape \(\*, 2\)"):

@@ -9,7 +9,7 @@ from pyro_flows_ext.distributions.multiscale import (
     realnvp_image,
     rq_nsf_image,
 )
-from pyro_flows_ext.transforms import Pixelwise, affine_coupling, residual_flow
+from pyro_flows_ext.transforms import Pixelwise, ResidualFlow, affine_coupling
 
 MAKERS = {"realnvp": realnvp_image, "glow": glow, "rq-nsf": rq_nsf_image}
 SMALL = {"hidden_channels": 4, "num_layers": 2, "num_blocks": 1}
@@ -111,7 +111,7 @@ def test_refusals():
     with pytest.raises(ValueError, match='factor_out="none"'):
         realnvp_image((1, 4, 4), **SMALL).contributions(images().float())
     for level in (
-        lambda shape: residual_flow(shape, (4,)).eval(),
+        lambda shape: ResidualFlow(shape, (4,)).eval(),
         lambda shape: Pixelwise(affine_coupling(2, (4,))),
     ):
         flow = MultiScaleFlow((2, 4, 4), level, 1, "none")

@@ -31,7 +31,7 @@ from pyro_flows_ext.guides import AutoAmortizedFlow
 from pyro_flows_ext.guides._indexed import IndexedFlow, IndexedLayer
 from pyro_flows_ext.infer import fit
 from pyro_flows_ext.testing import POINTS
-from pyro_flows_ext.transforms import ConditionalElementwiseAffine, conditional_radial
+from pyro_flows_ext.transforms import ElementwiseAffine, Radial
 
 NUM_DATA = 300
 INDEX = torch.arange(1, 151, 3).flip(0)  # 50 of them
@@ -63,20 +63,14 @@ def test_a_datum_has_the_same_posterior_in_every_batch(data, kwargs):
 # --- densities ---
 
 
-class Conditional(IndexedFlow):
-    """As those under the contract are called."""
-
-    condition = IndexedFlow.with_context
-
-
 @pytest.mark.parametrize("point", [POINTS[n] for n in (1, 2, 3, 6, 7, 8, 9, 11)], ids=str)
 def test_latents_with_indices_at_a_context_are_a_flow_under_contract(point):
     def make():
-        layers = [IndexedLayer(conditional_radial(3, 2), 3, context_dim=2) for _ in range(2)]
-        return Conditional(layers, ConditionalElementwiseAffine(3, 2))
+        layers = [IndexedLayer(Radial(3, context_dim=2), 3, context_dim=2) for _ in range(2)]
+        return IndexedFlow(layers, ElementwiseAffine(3, context_dim=2))
 
     for dtype in point.dtypes:
-        point.check(make, context_dim=2, dtype=dtype)
+        point.check(make, dtype=dtype)
 
 
 def one_latent(x):

@@ -282,7 +282,7 @@ def test_what_is_no_density():
     with pytest.raises(ValueError, match="parameters to train"):
         quick(fixed, rows(20))
     conditional = FlowDistribution(normal(), T.nsf(2, num_layers=1, context_dim=1))
-    with pytest.raises(ValueError, match=r"call condition\(context\) first"):
+    with pytest.raises(ValueError, match=r"condition\(context\) first"):
         quick(conditional, rows(20))
 
 

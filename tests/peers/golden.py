@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flows_ext.nn import MADE, MLP
-from pyro_flows_ext.transforms import FlowTransform
+from pyro_flows_ext.transforms import FlowTransform, Transformer
 
 Pass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -123,19 +123,22 @@ def raw_of_durkan(theta: Tensor, divisor: float = 1.0) -> Tensor:
     return raw_of_knots(widths, heights, 1e-3 + F.softplus(slopes), -2)
 
 
-def read_as(cls: type, convert: Callable[[Tensor], Tensor]) -> Any:
-    """`cls`, a coupling or an autoregressive transform, whose network emits the parameters of another library:
-    `convert` makes ours `(*, P, N)` of them."""
+class ReadAs(Transformer):
+    """A transformer whose parameters a network emits as another library does: `convert` makes ours `(*, P, N)` of them."""
 
-    class Converted(cls):  # type: ignore[misc, valid-type]
-        def _elementwise(self, x: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-            return super()._elementwise(x, convert(theta), inverse=inverse)
+    def __init__(self, transformer: Transformer, convert: Callable[[Tensor], Tensor]):
+        self.transformer, self.convert = transformer, convert
+        self.num_params = transformer.num_params
 
-    return Converted
+    def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transformer.forward(x, self.convert(theta))
+
+    def inverse(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transformer.inverse(y, self.convert(theta))
 
 
 def affine(to_log_scale: Callable[[Tensor], Tensor], *, scale_first: bool = False) -> Callable:
-    """For `read_as`: a shift and a scale, whose logarithm is `to_log_scale` of what the network emits."""
+    """For `ReadAs`: a shift and a scale, whose logarithm is `to_log_scale` of what the network emits."""
 
     def convert(theta: Tensor) -> Tensor:
         shift, scale = theta.flip(-2).unbind(-2) if scale_first else theta.unbind(-2)

@@ -7,13 +7,13 @@ from golden import (
     ROWS,
     Pair,
     ParametersFirst,
+    ReadAs,
     affine,
     celu_inverse,
     compare,
     copy_made,
     of_module,
     raw_of_durkan,
-    read_as,
 )
 from torch import nn
 
@@ -50,14 +50,14 @@ def set_lu(ours, linear):
 
 def lu_linear():
     linear = theirs(N.LULinear(D))
-    ours = T.lu_linear(D).double()
+    ours = T.LULinear(D).double()
     set_lu(ours, linear)
     return Pair(ours, **of_module(linear))
 
 
 def qr_linear():
     linear = theirs(N.QRLinear(D, num_householder=3))
-    ours = T.qr_linear(D, num_reflections=3).double()
+    ours = T.QRLinear(D, num_reflections=3).double()
     upper = linear._create_upper()
     with torch.no_grad():
         ours.v.copy_(linear.orthogonal.q_vectors.flip(0))  # applied first to last there
@@ -70,10 +70,10 @@ def svd_linear():
     linear = theirs(N.SVDLinear(D, num_householder=4))
     ours = T.ComposeFlow(
         [
-            T.householder_linear(D, num_reflections=4),
-            T.elementwise_affine(D),
-            T.householder_linear(D, num_reflections=4),
-            T.elementwise_affine(D),
+            T.HouseholderLinear(D, num_reflections=4),
+            T.ElementwiseAffine(D),
+            T.HouseholderLinear(D, num_reflections=4),
+            T.ElementwiseAffine(D),
         ]
     ).double()
     with torch.no_grad():
@@ -90,7 +90,7 @@ def one_by_one_convolution():
     ours = T.ComposeFlow(
         [
             T.Pixelwise(T.Permute(convolution.permutation._permutation)),
-            T.invertible_1x1_conv(4, bias=True, permute=False).double(),
+            T.Invertible1x1Conv(4, bias=True, permute=False).double(),
         ]
     )
     set_lu(ours[1].transform, convolution)
@@ -98,12 +98,12 @@ def one_by_one_convolution():
 
 
 def squeeze():
-    return Pair(T.squeeze(2), **of_module(N.SqueezeTransform(2)), event_shape=(2, 4, 6))
+    return Pair(T.Squeeze(2), **of_module(N.SqueezeTransform(2)), event_shape=(2, 4, 6))
 
 
 def actnorm(pixels=False):
     norm = theirs(N.ActNorm(D))
-    ours = T.actnorm(D).double()
+    ours = T.ActNorm(D).double()
     with torch.no_grad():
         ours.loc.copy_(norm.shift)
         ours.log_scale.copy_(norm.log_scale)
@@ -152,13 +152,17 @@ def affine_coupling():
     # Theirs scales by sigmoid(· + 2) + 0.001.
     convert = affine(lambda scale: ((scale + 2).sigmoid() + 1e-3).log())
     mask = [True, False, False, True, False]
-    ours = read_as(T.AffineCoupling, convert)(5, mask=mask, net=coupling.transform_net)
+    ours = T.Coupling(
+        5, transformer=ReadAs(T.Affine(), convert), mask=mask, net=coupling.transform_net
+    )
     return Pair(ours, **of_module(coupling), event_shape=(5,))
 
 
 def additive_coupling():
     coupling = theirs(N.AdditiveCouplingTransform([1, 0, 1, 0], linear_net))
-    ours = T.additive_coupling(4, mask="alternating", flip=True, net=coupling.transform_net)
+    ours = T.Coupling(
+        4, transformer=T.Additive(), mask="alternating", flip=True, net=coupling.transform_net
+    )
     return Pair(ours, **of_module(coupling))
 
 
@@ -173,12 +177,11 @@ def spline_coupling():
         )
     )
     # Theirs divides widths and heights by √(hidden units).
-    ours = read_as(T.SplineCoupling, lambda theta: raw_of_durkan(theta, 9**0.5))(
+    ours = T.Coupling(
         D,
+        transformer=ReadAs(T.RationalQuadratic(5, 2.5), lambda theta: raw_of_durkan(theta, 9**0.5)),
         mask="alternating",
         net=ParametersFirst(coupling.transform_net, NUM_PARAMS),
-        num_bins=5,
-        bound=2.5,
     )
     return Pair(ours, **of_module(coupling))
 
@@ -189,12 +192,11 @@ def spline_coupling_of_images():
             [0, 0, 1, 1], lambda n, m: nets.ConvResidualNet(n, m, 9), **SPLINE
         )
     )
-    ours = read_as(T.SplineCoupling, lambda theta: raw_of_durkan(theta, 9**0.5))(
+    ours = T.Coupling(
         IMAGE,
+        transformer=ReadAs(T.RationalQuadratic(5, 2.5), lambda theta: raw_of_durkan(theta, 9**0.5)),
         mask="channel",
         net=ParametersFirst(coupling.transform_net, NUM_PARAMS),
-        num_bins=5,
-        bound=2.5,
     )
     return Pair(ours, **of_module(coupling), event_shape=IMAGE)
 
@@ -211,15 +213,17 @@ def copy(ours, made):
 def affine_autoregressive():
     flow = theirs(N.MaskedAffineAutoregressiveTransform(D, **MADE))
     convert = affine(lambda scale: (F.softplus(scale) + 1e-3).log(), scale_first=True)
-    ours = read_as(T.AffineAutoregressive, convert)(D, (12, 12), **OPTIONS).double()
+    ours = T.Autoregressive(
+        D, (12, 12), transformer=ReadAs(T.Affine(), convert), **OPTIONS
+    ).double()
     copy(ours, flow.autoregressive_net)
     return Pair(ours, **of_module(flow))
 
 
 def spline_autoregressive():
     flow = theirs(N.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(D, **MADE, **SPLINE))
-    ours = read_as(T.SplineAutoregressive, raw_of_durkan)(
-        D, (12, 12), num_bins=5, bound=2.5, **OPTIONS
+    ours = T.Autoregressive(
+        D, (12, 12), transformer=ReadAs(T.RationalQuadratic(5, 2.5), raw_of_durkan), **OPTIONS
     ).double()
     copy(ours, flow.autoregressive_net)
     return Pair(ours, **of_module(flow))

@@ -7,12 +7,12 @@ from golden import (
     ROWS,
     Pair,
     ParametersFirst,
+    ReadAs,
     affine,
     celu_inverse,
     compare,
     of_module,
     raw_of_durkan,
-    read_as,
     softplus_inverse,
 )
 from torch import nn
@@ -76,7 +76,7 @@ def lu_linear_with_permutation():
     lower, upper = flow.linear._create_lower_upper()
     lu = torch.diagonal_scatter(lower + upper, celu_inverse(upper.diagonal() - 1))
     # Permuted before the product there, after it here.
-    ours = T.ComposeFlow([T.Permute(flow.permutation._permutation), T.lu_linear(D).double()])
+    ours = T.ComposeFlow([T.Permute(flow.permutation._permutation), T.LULinear(D).double()])
     with torch.no_grad():
         ours[1].lu.copy_(lu)
         ours[1].bias.copy_(flow.linear.bias)
@@ -85,7 +85,7 @@ def lu_linear_with_permutation():
 
 def squeeze():
     # Theirs squeezes in the inverse pass.
-    return Pair(T.squeeze(2), **_expanded(flows.Squeeze(), inverted=True), event_shape=(3, 4, 2))
+    return Pair(T.Squeeze(2), **_expanded(flows.Squeeze(), inverted=True), event_shape=(3, 4, 2))
 
 
 def _expanded(flow, **options):
@@ -114,7 +114,9 @@ SCALES = {
 def affine_coupling(scale_map="exp"):
     net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4))
     flow = theirs(flows.AffineCouplingBlock(net, scale_map=scale_map))
-    ours = read_as(T.AffineCoupling, affine(SCALES[scale_map]))(4, net=ParametersFirst(net, 2))
+    ours = T.Coupling(
+        4, transformer=ReadAs(T.Affine(), affine(SCALES[scale_map])), net=ParametersFirst(net, 2)
+    )
     return Pair(ours, **of_module(flow))
 
 
@@ -125,7 +127,9 @@ def affine_coupling_sigmoid():
 def masked_affine_of_images():
     """With a checkerboard: what is to be transformed is zero in the input of the network, here as there."""
     shape = (2, 3, 4)
-    ours = read_as(T.AffineCoupling, affine(SCALES["exp"]))(shape, mask="checkerboard")
+    ours = T.Coupling(
+        shape, transformer=ReadAs(T.Affine(), affine(SCALES["exp"])), mask="checkerboard"
+    )
     shift, scale = (perturb(nn.Conv2d(2, 2, 3, padding=1).double()) for _ in range(2))
 
     class Both(nn.Module):
@@ -142,7 +146,7 @@ def glow_block():
     coupling, convolution, norm = flow.flows
     convolution.sign_S.fill_(1.0)  # our U has a positive diagonal
     net = ParametersFirst(coupling.flows[1].param_map, 2)
-    mixing, ours_norm = T.invertible_1x1_conv(4).double(), T.actnorm(4).double()
+    mixing, ours_norm = T.Invertible1x1Conv(4).double(), T.ActNorm(4).double()
     norm.data_dep_init_done = torch.tensor(1.0)
     with torch.no_grad():
         ours_norm.loc.copy_(norm.t.flatten())
@@ -153,7 +157,7 @@ def glow_block():
         mixing.transform.permutation.copy_(convolution.P.argmax(1))
     ours = T.ComposeFlow(
         [
-            read_as(T.AffineCoupling, affine(SCALES["sigmoid"]))(IMAGE, net=net),
+            T.Coupling(IMAGE, transformer=ReadAs(T.Affine(), affine(SCALES["sigmoid"])), net=net),
             mixing.inv,  # W⁻¹ on the way from base to data there
             T.Pixelwise(ours_norm),
         ]
@@ -183,13 +187,13 @@ def coupled_spline():
     own = Constant(torch.cat(theta, -1).mT.flatten())
     net = ParametersFirst(coupling.transform_net, 3 * 6 - 1)
     # Theirs divides widths and heights by √(hidden units).
-    by_others = read_as(T.SplineCoupling, lambda theta: raw_of_durkan(theta, 7**0.5))
-    by_themselves = read_as(T.SplineCoupling, raw_of_durkan)
-    options = {"num_bins": 6, "bound": 3.0}
+    spline = T.RationalQuadratic(6, 3.0)
+    by_others = ReadAs(spline, lambda theta: raw_of_durkan(theta, 7**0.5))
+    by_themselves = ReadAs(spline, raw_of_durkan)
     ours = T.ComposeFlow(
         [
-            by_others(5, mask=mask, net=net, **options),
-            by_themselves(5, mask=~mask, net=own, **options),
+            T.Coupling(5, transformer=by_others, mask=mask, net=net),
+            T.Coupling(5, transformer=by_themselves, mask=~mask, net=own),
         ]
     )
     return Pair(ours, **of_module(flow, inverted=True), event_shape=(5,))
@@ -209,7 +213,7 @@ def contraction(dim):
 def residual_flow():
     """In two dimensions, where theirs is exact too. Its other direction stops at 1e-3."""
     net = contraction(2)
-    ours = T.residual_flow(2, net=net, lipschitz=0.7).eval()
+    ours = T.ResidualFlow(2, net=net, lipschitz=0.7).eval()
     return Pair(ours, forward=flows.Residual(net).eval().inverse, event_shape=(2,))
 
 
@@ -233,7 +237,7 @@ def test_values_and_log_dets(make):
 
 
 def of_residual(net, x, noise, **options):
-    flow = T.residual_flow(3, net=net, lipschitz=0.7, **options)
+    flow = T.ResidualFlow(3, net=net, lipschitz=0.7, **options)
     return flow.with_noise(noise).forward_and_ladj(x)[1]
 
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from golden import (
     ROWS,
     Pair,
+    ReadAs,
     affine,
     celu_inverse,
     compare,
     copy_made,
     of_transform,
     raw_of_knots,
-    read_as,
     softplus_inverse,
 )
 from pyro.distributions.transforms.planar import ConditionedPlanar
@@ -70,7 +70,7 @@ def radial_by_row():
 
 def householder():
     theirs = perturb(P.Householder(D, count_transforms=3).double())
-    ours = T.householder_linear(D, num_reflections=3).double()
+    ours = T.HouseholderLinear(D, num_reflections=3).double()
     with torch.no_grad():
         ours.v.copy_(theirs.u_unnormed.flip(0))  # the first row is applied first there, last here
     return Pair(ours, **of_transform(theirs))
@@ -103,7 +103,7 @@ def batchnorm():
 def convolution():
     permutation = torch.tensor([1, 2, 0])
     theirs = P.GeneralizedChannelPermute(channels=3, permutation=permutation).double()
-    ours = T.invertible_1x1_conv(3).double()
+    ours = T.Invertible1x1Conv(3).double()
     ours.transform.permutation.copy_(permutation)
     with torch.no_grad():
         # Ours has a positive diagonal.
@@ -132,7 +132,7 @@ def leapfrog():
         )
         return torch.cat([z["z"], r["z"]], -1).detach(), x.new_zeros(x.shape[:-1])
 
-    ours = T.leapfrog(potential, 2, num_steps).double()
+    ours = T.Leapfrog(potential, 2, num_steps).double()
     with torch.no_grad():
         ours.log_step.fill_(step).log_()
         ours.log_mass.copy_(mass.log())
@@ -141,7 +141,7 @@ def leapfrog():
 
 # --- networks: mean and log-scale, the latter clamped to [-5, 3] there ---
 
-clamped = affine(lambda log_scale: log_scale.clamp(-5.0, 3.0))
+CLAMPED = ReadAs(T.Affine(), affine(lambda log_scale: log_scale.clamp(-5.0, 3.0)))
 
 
 class Joined(nn.Module):
@@ -196,7 +196,7 @@ def affine_autoregressive():
     order = torch.tensor([2, 0, 3, 1])
     net = perturb(AutoRegressiveNN(D, [10, 9], permutation=order).double())
     theirs = of_transform(P.AffineAutoregressive(net))
-    ours = read_as(T.AffineAutoregressive, clamped)(D, (10, 9), order=order, **OPTIONS).double()
+    ours = T.Autoregressive(D, (10, 9), transformer=CLAMPED, order=order, **OPTIONS).double()
     made(ours, net)
     return Pair(ours, theirs["forward"], default_dtype_of_data(theirs["inverse"]))
 
@@ -206,25 +206,25 @@ def conditional_affine_autoregressive():
     net = perturb(net.double())
     context = randn(ROWS, 3)
     theirs = of_transform(P.ConditionalAffineAutoregressive(net).condition(context))
-    ours = read_as(T.AffineAutoregressive, clamped)(
-        D, (10, 9), order=range(D)[::-1], context_dim=3, **OPTIONS
+    ours = T.Autoregressive(
+        D, (10, 9), transformer=CLAMPED, order=range(D)[::-1], context_dim=3, **OPTIONS
     ).double()
     made(ours, net, context_dim=3)
     return Pair(
-        ours.with_context(context), theirs["forward"], default_dtype_of_data(theirs["inverse"])
+        ours.condition(context), theirs["forward"], default_dtype_of_data(theirs["inverse"])
     )
 
 
 def affine_coupling():
     theirs = perturb(P.affine_coupling(5, [8]).double())  # two of five pass
-    ours = read_as(T.AffineCoupling, clamped)(5, net=Joined(theirs.nn))
+    ours = T.Coupling(5, transformer=CLAMPED, net=Joined(theirs.nn))
     return Pair(ours, **of_transform(theirs), event_shape=(5,))
 
 
 def affine_coupling_of_images():
     shape = (4, 2, 3)
     theirs = perturb(P.affine_coupling(shape, [8], dim=-3).double())
-    ours = read_as(T.AffineCoupling, clamped)(shape, net=Joined(theirs.nn, (4, 2, 3)))
+    ours = T.Coupling(shape, transformer=CLAMPED, net=Joined(theirs.nn, (4, 2, 3)))
     return Pair(ours, **of_transform(theirs, 3), event_shape=shape)
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from golden import (
     TOLERANCE,
+    ReadAs,
     affine,
     celu_inverse,
     compare_at,
     copy_made,
     copy_mlp,
     raw_of_knots,
-    read_as,
 )
 from torch import nn
 
@@ -76,7 +76,7 @@ def spline(found):
 
 def lu_linear(found):
     """The factor below has the diagonal there, the one above here: L U = (L D⁻¹) (D U)."""
-    lu, ours = found["lu"], T.lu_linear(D, bias=False).double()
+    lu, ours = found["lu"], T.LULinear(D, bias=False).double()
     diagonal = lu.diagonal()
     lower, upper = lu.tril(-1) / diagonal, diagonal[:, None] * lu.triu(1)
     with torch.no_grad():
@@ -91,39 +91,43 @@ def permute(found):
 # --- flows, of which the forward pass goes from the data to the base ---
 
 
-def autoregressive(cls, convert, **options):
+def autoregressive(transformer, convert):
     def make(found):
         context_dim = found["context"].shape[-1]
         parts = []
         for part in found["parts"]:
-            ours = read_as(cls, convert)(
+            ours = T.Autoregressive(
                 D,
                 HIDDEN,
+                transformer=ReadAs(transformer, convert),
                 order=part["order"].argsort(),  # theirs is the place of each variable
                 residual=False,
                 context_dim=context_dim,
-                **options,
             ).double()
             layers = [(layer["weight"], layer["bias"], layer["mask"]) for layer in part["layers"]]
             (weight, bias, mask), *rest = layers
             first = weight[:, :D], bias, mask[:, :D]
             context_weight = weight[:, D:] if context_dim else None
             copy_made(ours.net, [first, *rest], context_weight=context_weight)
-            parts.append(ours.with_context(found["context"]) if context_dim else ours)
+            parts.append(ours.condition(found["context"]))
         return T.ComposeFlow(parts)
 
     return make
 
 
-def coupling(cls, convert, **options):
+def coupling(transformer, convert):
     def make(found):
         parts = []
         for part in found["parts"]:
-            ours = read_as(cls, convert)(
-                D, HIDDEN, mask=part["mask"], activation=nn.Tanh, **options
+            ours = T.Coupling(
+                D,
+                HIDDEN,
+                transformer=ReadAs(transformer, convert),
+                mask=part["mask"],
+                activation=nn.Tanh,
             ).double()
             layers = [(layer["weight"], layer["bias"]) for layer in part["layers"]]
-            copy_mlp(ours.net, layers, ours.num_params)
+            copy_mlp(ours.net, layers, ours.transformer.num_params)
             parts.append(ours)
         return T.ComposeFlow(parts)
 
@@ -131,14 +135,14 @@ def coupling(cls, convert, **options):
 
 
 AFFINE = affine(bounded)
-SPLINES = {"num_bins": BINS, "bound": 5.0}
+SPLINE = T.RationalQuadratic(BINS, 5.0)
 
 FLOWS = {
-    "maf": autoregressive(T.AffineAutoregressive, AFFINE),
-    "maf_in_a_context": autoregressive(T.AffineAutoregressive, AFFINE),
-    "nsf": autoregressive(T.SplineAutoregressive, raw_of_zuko, **SPLINES),
-    "realnvp": coupling(T.AffineCoupling, AFFINE),
-    "nsf_c": coupling(T.SplineCoupling, raw_of_zuko, **SPLINES),
+    "maf": autoregressive(T.Affine(), AFFINE),
+    "maf_in_a_context": autoregressive(T.Affine(), AFFINE),
+    "nsf": autoregressive(SPLINE, raw_of_zuko),
+    "realnvp": coupling(T.Affine(), AFFINE),
+    "nsf_c": coupling(SPLINE, raw_of_zuko),
 }
 TRANSFORMS = {"spline": spline, "lu_linear": lu_linear, "permute": permute, **FLOWS}
 

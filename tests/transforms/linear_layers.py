@@ -4,31 +4,31 @@ import pytest
 import torch
 
 from pyro_flows_ext.transforms import (
+    HouseholderLinear,
+    LULinear,
     Permute,
-    householder_linear,
-    lu_linear,
-    qr_linear,
+    QRLinear,
 )
 
 D = 4
 
 
 def permuted_lu():
-    t = lu_linear(D, permute=True)
+    t = LULinear(D, permute=True)
     t.permutation.copy_(torch.tensor([2, 0, 3, 1]))  # not its own inverse
     return t
 
 
 LAYERS = {
-    "lu": lambda: lu_linear(D),
+    "lu": lambda: LULinear(D),
     "lu-permuted": permuted_lu,
-    "lu-no-bias": lambda: lu_linear(D, bias=False),
-    "qr": lambda: qr_linear(D),
-    "qr-1": lambda: qr_linear(D, num_reflections=1),
-    "qr-9": lambda: qr_linear(D, num_reflections=9, bias=False),
-    "householder": lambda: householder_linear(D),
-    "householder-1": lambda: householder_linear(D, num_reflections=1),
-    "householder-9": lambda: householder_linear(D, num_reflections=9),
+    "lu-no-bias": lambda: LULinear(D, bias=False),
+    "qr": lambda: QRLinear(D),
+    "qr-1": lambda: QRLinear(D, num_reflections=1),
+    "qr-9": lambda: QRLinear(D, num_reflections=9, bias=False),
+    "householder": lambda: HouseholderLinear(D),
+    "householder-1": lambda: HouseholderLinear(D, num_reflections=1),
+    "householder-9": lambda: HouseholderLinear(D, num_reflections=9),
     "permute": lambda: Permute([1, 2, 3, 0]),
 }
 EVERY = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from pyro_flows_ext.testing import perturb
-from pyro_flows_ext.transforms import LogDetNoise, residual_flow
+from pyro_flows_ext.transforms import LogDetNoise, ResidualFlow
 
 D = 3
 
@@ -13,7 +13,7 @@ D = 3
 def made(*args, scale=0.3, train=False, **options):
     """At weights that make terms of high order count."""
     args = args or (D, (8, 8))
-    transform = perturb(residual_flow(*args, **options).double(), scale=scale)
+    transform = perturb(ResidualFlow(*args, **options).double(), scale=scale)
     # Aligned with each other, as random layers are not: their Jacobian is then near the bound.
     if len(transform.event_shape) == 1 and options.get("net") is None:
         with torch.no_grad():

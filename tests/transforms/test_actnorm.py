@@ -8,7 +8,7 @@ import pytest
 import torch
 from normalizing import INVERSE, D, base, compiled, data, is_standard, through
 
-from pyro_flows_ext.transforms import actnorm
+from pyro_flows_ext.transforms import ActNorm
 
 # --- ActNorm ---
 
@@ -16,7 +16,7 @@ from pyro_flows_ext.transforms import actnorm
 @INVERSE
 @pytest.mark.parametrize("batch", [(2,), (50,), (4, 5)], ids=str)
 def test_initialize_standardises_the_batch(inverse, batch):
-    t, x = actnorm(D).double(), data(*batch)
+    t, x = ActNorm(D).double(), data(*batch)
     t.initialize(x, inverse=inverse)
     out, ladj = through(t, x, inverse)
     assert is_standard(out)
@@ -26,7 +26,7 @@ def test_initialize_standardises_the_batch(inverse, batch):
 
 @INVERSE
 def test_initialize_in_float32(inverse):
-    t, x = actnorm(D), data(100, dtype=torch.float32)
+    t, x = ActNorm(D), data(100, dtype=torch.float32)
     t.initialize(x, inverse=inverse)
     assert t.loc.dtype == torch.float32
     # A mean of 5 with a standard deviation of 0.01 leaves float32 four to five digits.
@@ -39,7 +39,7 @@ def test_initialize_in_float32(inverse):
 def test_constant_column_is_centred_and_keeps_its_scale(inverse, dtype, value):
     x = data(1000, dtype=dtype)
     x[:, 1] = value
-    t = actnorm(D).to(dtype)
+    t = ActNorm(D).to(dtype)
     t.initialize(x, inverse=inverse)
     assert t.log_scale[1] == 0
     assert through(t, x, inverse)[0][:, 1].abs().max() <= 1e-6 * abs(value)
@@ -51,7 +51,7 @@ def test_a_column_that_is_constant_to_rounding_keeps_its_scale(dtype):
     x = data(1000, dtype=dtype)
     last_place = torch.finfo(dtype).eps * torch.randint(-2, 3, (1000,))
     x[:, 1] = -1e6 * (1 + last_place).to(dtype)
-    t = actnorm(D).to(dtype)
+    t = ActNorm(D).to(dtype)
     t.initialize(x)
     assert t.log_scale[1] == 0
 
@@ -59,7 +59,7 @@ def test_a_column_that_is_constant_to_rounding_keeps_its_scale(dtype):
 def test_a_narrow_column_is_not_constant():
     x = data(100)
     x[:, 0] *= 1e-12
-    t = actnorm(D).double()
+    t = ActNorm(D).double()
     t.initialize(x)
     assert is_standard(t.forward_and_ladj(x)[0], 1e-2)
 
@@ -77,7 +77,7 @@ def test_a_narrow_column_is_not_constant():
     ids=["vector", "one-row", "no-row", "dim", "nan", "inf"],
 )
 def test_initialize_refuses(batch, message):
-    t = actnorm(D)
+    t = ActNorm(D)
     with pytest.raises(ValueError, match=message):
         t.initialize(batch)
     assert not t.initialized
@@ -85,10 +85,10 @@ def test_initialize_refuses(batch, message):
 
 
 def test_initialized_is_part_of_the_state():
-    t = actnorm(D).double()
+    t = ActNorm(D).double()
     assert not t.state_dict()["initialized"]
     t.initialize(data(10))
-    twin = actnorm(D).double()
+    twin = ActNorm(D).double()
     twin.load_state_dict(t.state_dict())
     for other in (twin, copy.deepcopy(t), pickle.loads(pickle.dumps(t)), t.float()):
         assert other.initialized.dtype == torch.bool
@@ -97,7 +97,7 @@ def test_initialized_is_part_of_the_state():
 
 
 def test_initialize_keeps_parameters_and_leaves_no_stale_log_det():
-    t, x = actnorm(D).double(), data(10)
+    t, x = ActNorm(D).double(), data(10)
     parameters = list(t.parameters())
     y = t(x)
     assert (t.log_abs_det_jacobian(x, y) == 0).all()
@@ -110,7 +110,7 @@ def test_initialize_keeps_parameters_and_leaves_no_stale_log_det():
 
 @INVERSE
 def test_first_batch(inverse):
-    t, first, second = actnorm(D, initialize_on_first_batch=True).double(), data(20), data(30) * 2
+    t, first, second = ActNorm(D, initialize_on_first_batch=True).double(), data(20), data(30) * 2
     assert is_standard(through(t, first, inverse)[0])
     loc = t.loc.clone()
     assert t.initialized
@@ -121,7 +121,7 @@ def test_first_batch(inverse):
 
 @INVERSE
 def test_first_batch_through_a_density(inverse):
-    t, x = actnorm(D, initialize_on_first_batch=True).double(), data(20)
+    t, x = ActNorm(D, initialize_on_first_batch=True).double(), data(20)
     density = dist.TransformedDistribution(base(), [t if inverse else t.inv])
     loss = -density.log_prob(x).mean()
     # Of standardised data the squares have mean 1, and the log-det is that of the batch.
@@ -139,7 +139,7 @@ def test_first_batch_through_a_density(inverse):
     ids=["eval", "one-row", "vector", "default"],
 )
 def test_first_batch_waits(is_asked_for, training, batch):
-    t = actnorm(D, initialize_on_first_batch=is_asked_for).double().train(training)
+    t = ActNorm(D, initialize_on_first_batch=is_asked_for).double().train(training)
     x = data(*batch)
     assert torch.equal(t(x), x)
     assert torch.equal(t.inv(x), x)
@@ -147,9 +147,9 @@ def test_first_batch_waits(is_asked_for, training, batch):
 
 
 def test_state_that_is_loaded_is_not_initialised_again():
-    t = actnorm(D).double()
+    t = ActNorm(D).double()
     t.initialize(data(10))
-    twin = actnorm(D, initialize_on_first_batch=True).double()
+    twin = ActNorm(D, initialize_on_first_batch=True).double()
     twin.load_state_dict(t.state_dict())
     twin(data(10) + 1)
     assert torch.equal(twin.loc, t.loc)
@@ -158,7 +158,7 @@ def test_state_that_is_loaded_is_not_initialised_again():
 @pytest.mark.slow
 @INVERSE
 def test_first_batch_compiled(inverse):
-    t = actnorm(D, initialize_on_first_batch=True).double()
+    t = ActNorm(D, initialize_on_first_batch=True).double()
     eager = copy.deepcopy(t)
     run = compiled(lambda x: through(t, x, inverse))
     bad = data(20)

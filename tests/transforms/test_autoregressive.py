@@ -9,10 +9,8 @@ from autoregressive_layers import CONDITIONAL, KINDS, MAKE, ORDER, made, normal,
 
 from pyro_flows_ext.testing import POINTS, perturb
 from pyro_flows_ext.transforms import (
-    AffineAutoregressive,
     Autoregressive,
-    ConditionalAffineAutoregressive,
-    SplineAutoregressive,
+    RationalQuadratic,
     affine_autoregressive,
     autoregressive,
     conditional_affine_autoregressive,
@@ -37,11 +35,11 @@ def test_contract_of_variants(make, number):
 
 def substituted(transform, y, order, context=None):
     """f⁻¹(y) and its log-det one variable at a time, in view of autograd."""
-    bound = transform if context is None else transform.with_context(context)
+    bound = transform if context is None else transform.condition(context)
     x = [torch.zeros(y.shape[:-1], dtype=y.dtype)] * y.shape[-1]
     for i in order:
         theta = bound.net(torch.stack(x, -1), context)
-        x[i] = bound._elementwise(y, theta, inverse=True)[0][..., i]
+        x[i] = bound.transformer.inverse(y, theta)[0][..., i]
     x = torch.stack(x, -1)
     return x, -bound.forward_and_ladj(x)[1]
 
@@ -98,10 +96,10 @@ def test_scale_is_bounded_and_keeps_its_gradient(raw):
 @pytest.mark.parametrize("conditional", [False, True], ids=["plain", "context"])
 def test_inverse_and_its_gradients_are_those_of_substitution(kind, scale, conditional):
     context_dim = 2 if conditional else 0
-    transform = type(made(kind))(4, (16,), order=ORDER, context_dim=context_dim).double()
+    transform = MAKE[kind](4, (16,), order=ORDER, context_dim=context_dim).double()
     perturb(transform, scale=scale)
     context = torch.randn(6, 2, dtype=torch.float64).requires_grad_() if conditional else None
-    bound = transform.with_context(context) if conditional else transform
+    bound = transform.condition(context) if conditional else transform
     y = (2 * torch.randn(6, 4, dtype=torch.float64)).requires_grad_()
     leaves = [y, *transform.parameters(), *([context] if conditional else [])]
     weight, weight_ladj = torch.randn_like(y), torch.randn(6, dtype=torch.float64)
@@ -207,24 +205,24 @@ def test_order_of_a_saved_transform_comes_with_it(kind):
 
 
 def test_repr():
-    assert repr(affine_autoregressive(3)) == "AffineAutoregressive(3)"
-    assert repr(spline_autoregressive(3)) == "SplineAutoregressive(3, num_bins=8, bound=3)"
+    assert repr(affine_autoregressive(3)) == "Autoregressive(3, transformer=Affine())"
+    assert repr(spline_autoregressive(3)) == (
+        "Autoregressive(3, transformer=RationalQuadratic(num_bins=8, bound=3))"
+    )
     assert (
         repr(conditional_affine_autoregressive(3, 2))
-        == "ConditionalAffineAutoregressive(3, context_dim=2)"
+        == "Autoregressive(3, transformer=Affine(), context_dim=2)"
     )
 
 
 def test_options_reach_the_network():
-    transform = AffineAutoregressive(
-        3, (4, 5), order=[2, 1, 0], activation=torch.nn.ReLU, residual=False
-    )
+    transform = Autoregressive(3, (4, 5), order=[2, 1, 0], activation=torch.nn.ReLU, residual=False)
     assert [layer.out_features for layer in transform.net.layers] == [4, 5, 6]
     assert transform.net.order.tolist() == [2, 1, 0]
     assert isinstance(transform.net.activation, torch.nn.ReLU)
     assert not transform.net.residual
-    conditional = ConditionalAffineAutoregressive(3, 2, (4,), order=[2, 1, 0])
-    assert conditional.transform.net.order.tolist() == [2, 1, 0]
+    conditional = conditional_affine_autoregressive(3, 2, (4,), order=[2, 1, 0])
+    assert conditional.net.order.tolist() == [2, 1, 0]
 
 
 def test_errors():
@@ -243,10 +241,10 @@ def test_errors():
         spline_autoregressive(3, bound=-1)
     with pytest.raises(ValueError, match="context_dim: expected a positive integer, got 0"):
         conditional_affine_autoregressive(3, 0)
-    with pytest.raises(ValueError, match=r"context_dim=2; call condition\(context\) first"):
-        conditional_affine_autoregressive(2, 2).transform(x)
-    with pytest.raises(TypeError, match="Autoregressive must define _elementwise"):
-        Autoregressive(2, 1)(x)
+    with pytest.raises(ValueError, match=r"expected a call of condition\(context\) first"):
+        conditional_affine_autoregressive(2, 2)(x)
+    with pytest.raises(TypeError, match="transformer: expected a Transformer"):
+        Autoregressive(2, transformer=lambda x, theta: x)
     with pytest.raises(RuntimeError, match="take second derivatives with"):
         torch.autograd.grad(affine_autoregressive(2).inv(x).sum(), x, create_graph=True)
 
@@ -265,6 +263,8 @@ def test_second_derivatives_of_the_inverse_under_func():
     assert hessians[0].abs().max() > 1e-3
 
 
-def test_classes():
-    assert isinstance(spline_autoregressive(2), SplineAutoregressive)
-    assert issubclass(SplineAutoregressive, Autoregressive)
+def test_helpers_choose_the_transformer():
+    transform = spline_autoregressive(2, num_bins=4)
+    assert isinstance(transform, Autoregressive)
+    assert isinstance(transform.transformer, RationalQuadratic)
+    assert transform.transformer.num_params == 11

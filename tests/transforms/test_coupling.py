@@ -1,6 +1,7 @@
 """Coupling layers: masks, networks, formulas, and what they refuse."""
 
 import copy
+from functools import partial
 
 import pyro.distributions as dist
 import pytest
@@ -10,22 +11,20 @@ from torch import nn
 from pyro_flows_ext.ops import rq_spline
 from pyro_flows_ext.testing import POINTS, perturb
 from pyro_flows_ext.transforms import (
+    Additive,
     ComposeFlow,
     Coupling,
-    additive_coupling,
+    Transformer,
     affine_coupling,
-    conditional_additive_coupling,
     conditional_affine_coupling,
-    conditional_spline_coupling,
     spline_coupling,
 )
 
 HIDDEN = (4,)
-FAMILIES = {"additive": additive_coupling, "affine": affine_coupling, "spline": spline_coupling}
-CONDITIONAL = {
-    "additive": conditional_additive_coupling,
-    "affine": conditional_affine_coupling,
-    "spline": conditional_spline_coupling,
+FAMILIES = {
+    "additive": partial(Coupling, transformer=Additive()),
+    "affine": affine_coupling,
+    "spline": spline_coupling,
 }
 MASKS = {
     "half": ("half", [True, True, False, False, False]),
@@ -47,7 +46,9 @@ def make(family, dim=5, **options):
 VARIANTS = {
     "mask": lambda: affine_coupling(4, HIDDEN, mask=[True, False, False, True]),
     "flip": lambda: spline_coupling(3, HIDDEN, flip=True),
-    "alternating-flip": lambda: additive_coupling(3, HIDDEN, mask="alternating", flip=True),
+    "alternating-flip": lambda: Coupling(
+        3, HIDDEN, transformer=Additive(), mask="alternating", flip=True
+    ),
     "net": lambda: affine_coupling(3, net=nn.Linear(1, 4)),
     "inverse": lambda: spline_coupling(3, HIDDEN, num_bins=3, bound=1.5).inv,
     "stack": lambda: ComposeFlow([spline_coupling(3, HIDDEN, flip=bool(i % 2)) for i in range(2)]),
@@ -153,7 +154,7 @@ def test_a_net_of_ones_own(family, dim):
 
 @families
 def test_a_conditional_net_of_ones_own_sees_the_context_last(family):
-    plain = perturb(CONDITIONAL[family](5, 3, HIDDEN).double())
+    plain = perturb(FAMILIES[family](5, HIDDEN, context_dim=3).double())
     seen = []
 
     class Net(nn.Module):
@@ -165,7 +166,7 @@ def test_a_conditional_net_of_ones_own_sees_the_context_last(family):
             seen.append(joined)
             return self.net(joined)
 
-    own = CONDITIONAL[family](5, 3, net=Net())
+    own = FAMILIES[family](5, net=Net(), context_dim=3)
     x, context = torch.randn(4, 5).double(), torch.randn(4, 3).double()
     y, ladj = own.condition(context).forward_and_ladj(x)
     assert torch.equal(seen[0], torch.cat([x[:, :2], context], -1))
@@ -188,7 +189,7 @@ def test_hidden_layers_and_activation(family):
 )
 @pytest.mark.parametrize("mask", ["half", "alternating"])
 def test_contexts_broadcast(family, context_batch, x_batch, mask):
-    transform = perturb(CONDITIONAL[family](5, 2, HIDDEN, mask=mask).double())
+    transform = perturb(FAMILIES[family](5, HIDDEN, mask=mask, context_dim=2).double())
     context, x = torch.randn(*context_batch, 2).double(), torch.randn(*x_batch, 5).double()
     batch = torch.broadcast_shapes(context_batch, x_batch)
     full = transform.condition(context.expand(*batch, 2))
@@ -299,34 +300,64 @@ def test_wrong_shapes(family):
 
 @families
 def test_context_is_needed(family):
-    conditional = CONDITIONAL[family](4, 3)
-    with pytest.raises(ValueError, match=r"call condition\(context\) first"):
-        conditional.transform(torch.zeros(2, 4))
+    conditional = FAMILIES[family](4, context_dim=3)
+    with pytest.raises(ValueError, match=r"condition\(context\) first"):
+        conditional(torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"context: expected a tensor of shape \(\*, 3\)"):
         conditional.condition(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="context_dim: expected an integer >= 0"):
+        FAMILIES[family](4, context_dim=-1)
     with pytest.raises(ValueError, match="context_dim: expected a positive integer"):
-        CONDITIONAL[family](4, 0)
+        conditional_affine_coupling(4, 0)
 
 
 def test_repr():
-    assert repr(affine_coupling(4, flip=True)) == "AffineCoupling(4, mask='half', flip=True)"
-    assert repr(spline_coupling(2, mask=[True, False])) == (
-        "SplineCoupling(2, mask='custom', num_bins=8, bound=5)"
+    assert repr(affine_coupling(4, flip=True)) == (
+        "Coupling(4, transformer=Affine(), mask='half', flip=True)"
     )
-    assert "context_dim=3" in repr(conditional_additive_coupling(4, 3))
+    assert repr(spline_coupling(2, mask=[True, False])) == (
+        "Coupling(2, transformer=RationalQuadratic(num_bins=8, bound=5), mask='custom')"
+    )
+    assert "context_dim=3" in repr(conditional_affine_coupling(4, 3))
 
 
-def test_a_family_of_ones_own():
-    """What a subclass of `Coupling` has to write."""
+class Scale(Transformer):
+    """A user's map, with an inverse of its own."""
 
-    class Scale(Coupling):
-        num_params = 1
+    num_params = 1
 
-        def _elementwise(self, value, theta, inverse):
-            log_scale = theta.squeeze(-2).tanh() * (-1 if inverse else 1)
-            return value * log_scale.exp(), log_scale
+    def forward(self, x, theta):
+        log_scale = theta.squeeze(-2).tanh()
+        return x * log_scale.exp(), log_scale
 
-    for point in (1, 2, 3):
-        POINTS[point].check(lambda: Scale(3, HIDDEN))
-    with pytest.raises(TypeError, match="Bare must define _elementwise"):
-        type("Bare", (Coupling,), {"num_params": 1})(2)(torch.zeros(2))
+    def inverse(self, y, theta):
+        log_scale = theta.squeeze(-2).tanh()
+        return y * (-log_scale).exp(), -log_scale
+
+
+def test_a_transformer_of_ones_own():
+    for point in (1, 2, 3, 7):
+        POINTS[point].check(lambda: Coupling(3, HIDDEN, transformer=Scale()))
+    with pytest.raises(TypeError, match="transformer: expected a Transformer"):
+        Coupling(3, transformer=Scale)
+    with pytest.raises(TypeError, match="abstract"):
+        type("Bare", (Transformer,), {"num_params": 1})()
+
+
+def test_a_transformer_with_parameters_trains_with_the_layer():
+    class Learned(Scale, nn.Module):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.log_base = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, theta):
+            y, log_scale = super().forward(x, theta)
+            return y * self.log_base.exp(), log_scale + self.log_base
+
+        def inverse(self, y, theta):
+            x, log_scale = super().inverse(y * (-self.log_base).exp(), theta)
+            return x, log_scale - self.log_base
+
+    assert "transformer.log_base" in Coupling(3, transformer=Learned()).state_dict()
+    for point in (1, 2, 3, 7, 9):
+        POINTS[point].check(lambda: Coupling(3, HIDDEN, transformer=Learned()))

@@ -13,10 +13,7 @@ from torch import nn
 from pyro_flows_ext.testing import perturb
 from pyro_flows_ext.transforms import (
     ComposeFlow,
-    ConditionalFlow,
     Leapfrog,
-    conditional_leapfrog,
-    leapfrog,
 )
 
 
@@ -56,7 +53,7 @@ TEMPERING = pytest.mark.parametrize("tempering", [False, "quadratic", "free"], i
 def test_quadratic_potential_gives_the_product_of_the_shears(tempering):
     D, K = 2, 3
     potential = Quadratic(D)
-    flow = perturb(leapfrog(potential, D, K, tempering=tempering).double())
+    flow = perturb(Leapfrog(potential, D, K, tempering=tempering).double())
     H, one, zero = potential.precision(), torch.eye(D).double(), torch.zeros(D, D).double()
     whole = torch.eye(2 * D).double()
     alpha = torch.ones(K) if not tempering else flow._log_alpha().exp()
@@ -72,7 +69,7 @@ def test_quadratic_potential_gives_the_product_of_the_shears(tempering):
 
 
 def test_reverse_is_the_flow_of_the_flipped_momentum():
-    flow = perturb(leapfrog(quartic, 3, 4).double())
+    flow = perturb(Leapfrog(quartic, 3, 4).double())
     backward = copy.deepcopy(flow)
     with torch.no_grad():
         backward.log_step.copy_(flow.log_step.flip(0))
@@ -81,7 +78,7 @@ def test_reverse_is_the_flow_of_the_flipped_momentum():
 
 
 def test_equal_steps_are_symplectic():
-    flow = leapfrog(Quadratic(2), 2, 3, step_size=0.3).double()
+    flow = Leapfrog(Quadratic(2), 2, 3, step_size=0.3).double()
     with torch.no_grad():
         flow.log_mass.normal_()
     J = torch.autograd.functional.jacobian(flow, randn(4))
@@ -103,7 +100,7 @@ def test_energy_error_is_of_second_order():
 
     errors = []
     for num_layers in (40, 80):  # the same time, at half the step
-        flow = leapfrog(potential, 3, num_layers, step_size=2.0 / num_layers).double()
+        flow = Leapfrog(potential, 3, num_layers, step_size=2.0 / num_layers).double()
         errors.append((energy(flow(x)) - energy(x)).abs().mean().item())
     assert 0 < errors[0] < 0.5
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.1)
@@ -116,7 +113,7 @@ def test_energy_error_is_of_second_order():
 @pytest.mark.parametrize("num_layers", [1, 4])
 def test_tempering_cools_from_beta_0(tempering, num_layers):
     D = 3
-    flow = leapfrog(quartic, D, num_layers, tempering=tempering).double()
+    flow = Leapfrog(quartic, D, num_layers, tempering=tempering).double()
     x, beta_0 = randn(5, 2 * D), torch.tensor(0.9).double()  # the initial value of both schedules
     _, ladj = flow.forward_and_ladj(x)
     torch.testing.assert_close(ladj, (D / 2 * beta_0.log()).expand(5), rtol=1e-6, atol=0)
@@ -129,7 +126,7 @@ def test_tempering_cools_from_beta_0(tempering, num_layers):
 
 def test_quadratic_schedule():
     K = 4
-    flow = perturb(leapfrog(quartic, 2, K, tempering="quadratic").double())
+    flow = perturb(Leapfrog(quartic, 2, K, tempering="quadratic").double())
     root = flow.tempering_logit.sigmoid().sqrt()  # √β_0
     k = torch.arange(K + 1)
     root_beta = 1 / ((1 - 1 / root) * k**2 / K**2 + 1 / root)
@@ -142,7 +139,7 @@ def test_quadratic_schedule():
 
 @TEMPERING
 def test_gradients_of_all_parameters(tempering):
-    flow = perturb(leapfrog(Quadratic(2), 2, 2, tempering=tempering).double())
+    flow = perturb(Leapfrog(Quadratic(2), 2, 2, tempering=tempering).double())
     names = {"log_step", "log_mass", "potential.factor"} | (
         {"tempering_logit"} if tempering else set()
     )
@@ -156,7 +153,7 @@ def test_gradients_of_all_parameters(tempering):
 
 def test_gradients_reach_what_a_callable_closes_over():
     scale = nn.Parameter(randn(2).exp())
-    flow = leapfrog(lambda z: (scale * z**4).sum(-1), 2).double()
+    flow = Leapfrog(lambda z: (scale * z**4).sum(-1), 2).double()
     assert {name for name, _ in flow.named_parameters()} == {"log_step", "log_mass"}
     x = randn(3, 4).requires_grad_()
     torch.autograd.gradcheck(lambda x, _: flow.forward_and_ladj(x)[0], (x, scale), fast_mode=True)
@@ -172,7 +169,7 @@ def test_gradients_reach_what_a_callable_closes_over():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_works_where_gradients_are_off(mode):
-    flow, x = leapfrog(Quadratic(2), 2), torch.randn(3, 4)
+    flow, x = Leapfrog(Quadratic(2), 2), torch.randn(3, 4)
     expected = flow.forward_and_ladj(x)[0].detach()
     with mode():
         y = flow(x.clone())
@@ -186,14 +183,14 @@ def test_works_where_gradients_are_off(mode):
 def test_a_callable_is_asked_again_each_time():
     # What it closes over may be another batch of data by now, which nothing can see.
     data = {"loc": torch.zeros(2)}
-    flow = leapfrog(lambda z: ((z - data["loc"]) ** 2).sum(-1), 2)
+    flow = Leapfrog(lambda z: ((z - data["loc"]) ** 2).sum(-1), 2)
     for whole in (flow, ComposeFlow([flow]), ComposeFlow([flow.inv])):
         data["loc"] = torch.zeros(2)
         x = torch.randn(3, 4)
         y = whole(x)
         data["loc"] = torch.ones(2)
         assert not torch.allclose(whole(x), y)
-    known = leapfrog(Quadratic(2), 2)
+    known = Leapfrog(Quadratic(2), 2)
     assert known(x) is known(x)
 
 
@@ -208,20 +205,20 @@ SHAPES = {
 @pytest.mark.parametrize(("got", "potential"), SHAPES.items(), ids=SHAPES)
 def test_potential_of_another_shape(got, potential):
     message = rf"potential: expected one number a row.* of shape \(3,\), got {re.escape(got)}$"
-    for run in (leapfrog(potential, 2).forward_and_ladj, leapfrog(potential, 2).inverse_and_ladj):
+    for run in (Leapfrog(potential, 2).forward_and_ladj, Leapfrog(potential, 2).inverse_and_ladj):
         with pytest.raises(ValueError, match=message):
             run(torch.randn(3, 4))
 
 
 def test_potential_without_gradient():
     with pytest.raises(ValueError, match="potential: its value has no gradient"):
-        leapfrog(torch.no_grad()(quartic), 2)(torch.randn(3, 4))
+        Leapfrog(torch.no_grad()(quartic), 2)(torch.randn(3, 4))
 
 
 def test_potential_that_ignores_the_position_leaves_free_motion():
     weight = nn.Parameter(torch.ones(()))
     flow, x = (
-        leapfrog(lambda z: weight.expand(z.shape[:-1]), 2, 5, step_size=0.1),
+        Leapfrog(lambda z: weight.expand(z.shape[:-1]), 2, 5, step_size=0.1),
         torch.randn(3, 4),
     )
     z, momentum = x.chunk(2, -1)
@@ -233,24 +230,24 @@ def test_potential_that_ignores_the_position_leaves_free_motion():
 
 def test_copies():
     x = torch.randn(3, 4)
-    flow = perturb(leapfrog(lambda z: (z**4).sum(-1), 2))
+    flow = perturb(Leapfrog(lambda z: (z**4).sum(-1), 2))
     y = flow(x)
     torch.testing.assert_close(copy.deepcopy(flow)(x), y)
-    flow = perturb(leapfrog(Quadratic(2), 2))
+    flow = perturb(Leapfrog(Quadratic(2), 2))
     y = flow(x)
     torch.testing.assert_close(pickle.loads(pickle.dumps(flow))(x), y)
 
 
 def test_repr_and_sizes():
-    flow = leapfrog(quartic, 3, 2, tempering="free")
+    flow = Leapfrog(quartic, 3, 2, tempering="free")
     assert repr(flow) == "Leapfrog(latent_dim=3, num_layers=2, tempering='free')"
     assert (flow.latent_dim, flow.input_dim) == (3, 6)
     assert flow.step_size.shape == (2, 3)
     torch.testing.assert_close(flow.step_size, torch.full((2, 3), 0.1))
-    plain = perturb(leapfrog(quartic, 3))
+    plain = perturb(Leapfrog(quartic, 3))
     torch.testing.assert_close(plain.momentum_scale**2, plain.mass)
-    assert repr(conditional_leapfrog(contextual, 3, 3)) == (
-        "ConditionalLeapfrog(latent_dim=3, num_layers=5, context_dim=3)"
+    assert repr(Leapfrog(contextual, 3, context_dim=3)) == (
+        "Leapfrog(latent_dim=3, num_layers=5, context_dim=3)"
     )
 
 
@@ -271,31 +268,32 @@ def test_bad_arguments(arguments, message):
 
 def test_bad_potential_and_input():
     with pytest.raises(TypeError, match="potential: expected a callable, got a int"):
-        leapfrog(2, 2)
+        Leapfrog(2, 2)
     with pytest.raises(ValueError, match=r"x: expected a tensor of shape \(\*, 4\)"):
-        leapfrog(quartic, 2)(torch.randn(3, 2))
+        Leapfrog(quartic, 2)(torch.randn(3, 2))
 
 
 # --- contexts ---
 
 
 def test_context_is_the_second_argument_of_the_potential():
-    conditional = conditional_leapfrog(contextual, 2, 2, 3, tempering="free")
+    conditional = Leapfrog(contextual, 2, 3, tempering="free", context_dim=2)
     context, x = torch.randn(4, 2), torch.randn(5, 1, 4)
     y, ladj = conditional.condition(context).forward_and_ladj(x)
     assert y.shape == (5, 4, 4)
     assert ladj.shape == (5, 4)
     for i, row in enumerate(context):
-        alone = leapfrog(lambda z, row=row: contextual(z, row), 2, 3, tempering="free")
+        alone = Leapfrog(lambda z, row=row: contextual(z, row), 2, 3, tempering="free")
         torch.testing.assert_close(alone(x[:, 0]), y[:, i])
-    with pytest.raises(ValueError, match=r"call condition\(context\) first"):
-        conditional.transform(x)
+    with pytest.raises(ValueError, match=r"condition\(context\) first"):
+        conditional(x)
 
 
 @TEMPERING
 def test_steps_masses_and_temperatures_by_context(tempering):
-    flow = leapfrog(Quadratic(2), 2, 1, tempering=tempering)
-    conditional = perturb(ConditionalFlow(flow, 3, (4,)))
+    flow = Leapfrog(Quadratic(2), 2, 1, tempering=tempering)
+    flow.add_hyper_network(3, (4,))
+    conditional = perturb(flow)
     context, x = torch.randn(5, 3), torch.randn(4)
     y, ladj = conditional.condition(context).forward_and_ladj(x)
     assert ladj.shape == (5,)
@@ -304,7 +302,7 @@ def test_steps_masses_and_temperatures_by_context(tempering):
 
 
 def test_one_bound_parameter_is_enough_for_a_batch():
-    flow = leapfrog(quartic, 2, 1, tempering="free")
+    flow = Leapfrog(quartic, 2, 1, tempering="free")
     logits = torch.tensor([[0.0], [1.0], [2.0]])
     y, ladj = flow.bind({"tempering_logit": logits}).forward_and_ladj(torch.randn(4))
     assert y.shape == (3, 4)
@@ -324,7 +322,7 @@ def test_bound_of_a_gaussian_target(tempering):
         torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.7], [0.7, 1.0]])
     )
     log_Z = 1.5
-    flow = leapfrog(lambda z: -target.log_prob(z), 2, 3, step_size=0.2, tempering=tempering)
+    flow = Leapfrog(lambda z: -target.log_prob(z), 2, 3, step_size=0.2, tempering=tempering)
     loc, log_scale = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
 
     def bound(size):

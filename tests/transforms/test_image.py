@@ -15,8 +15,6 @@ from pyro_flows_ext.transforms import (
     Standardize,
     affine_coupling,
     planar,
-    squeeze,
-    unsqueeze,
 )
 from pyro_flows_ext.transforms.permute import parity
 
@@ -28,7 +26,7 @@ from pyro_flows_ext.transforms.permute import parity
 def test_squeeze_moves_blocks_to_channels(factor, batch):
     C, H, W = 2, 2, 3
     x = torch.randn(*batch, C, H * factor, W * factor)
-    y, ladj = squeeze(factor).forward_and_ladj(x)
+    y, ladj = Squeeze(factor).forward_and_ladj(x)
     assert y.shape == (*batch, C * factor**2, H, W)
     assert ladj.shape == batch
     assert not ladj.any()
@@ -36,17 +34,17 @@ def test_squeeze_moves_blocks_to_channels(factor, batch):
         for j in range(factor):
             channels = y[..., i * factor + j :: factor**2, :, :]
             assert torch.equal(channels, x[..., i::factor, j::factor])
-    back, ladj = squeeze(factor).inverse_and_ladj(y)
+    back, ladj = Squeeze(factor).inverse_and_ladj(y)
     assert torch.equal(back, x)
     assert ladj.shape == batch
-    assert torch.equal(unsqueeze(factor)(y), x)
+    assert torch.equal(Squeeze(factor).inv(y), x)
 
 
 def test_squeeze_shapes():
     transform = Squeeze(2)
     assert transform.forward_shape((7, 3, 4, 6)) == (7, 12, 2, 3)
     assert transform.inverse_shape((7, 12, 2, 3)) == (7, 3, 4, 6)
-    assert unsqueeze(3).forward_shape((9, 1, 2)) == (1, 3, 6)
+    assert Squeeze(3).inv.forward_shape((9, 1, 2)) == (1, 3, 6)
     stack = ComposeFlow([transform, transform, Pixelwise(planar(16)), transform.inv])
     assert stack.forward_shape((5, 1, 8, 4)) == (5, 4, 4, 2)
     assert stack.inverse_shape((5, 4, 4, 2)) == (5, 1, 8, 4)
@@ -67,7 +65,7 @@ def test_squeeze_refuses_what_it_cannot_divide(shape):
 
 @pytest.mark.parametrize("shape", [(6, 2, 2), (2, 2, 2), (4, 4)], ids=str)
 def test_unsqueeze_refuses_what_it_cannot_divide(shape):
-    for run in (unsqueeze(2), lambda x: Squeeze(2).inverse_shape(x.shape)):
+    for run in (Squeeze(2).inv, lambda x: Squeeze(2).inverse_shape(x.shape)):
         with pytest.raises(
             ValueError, match=r"Squeeze\(2\).inv: expected .* C divisible by 4, got"
         ):
@@ -260,7 +258,7 @@ def test_standardize_refuses_other_shapes_and_data():
 def test_a_flow_of_images_in_data_space():
     """Squeeze, coupling and logits together: the log-det of the whole is that of its Jacobian."""
     stack = ComposeFlow(
-        [Squeeze(2), affine_coupling((4, 1, 2), (3,)), unsqueeze(2), LogitPreprocess().inv]
+        [Squeeze(2), affine_coupling((4, 1, 2), (3,)), Squeeze(2).inv, LogitPreprocess().inv]
     ).double()
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -274,7 +272,7 @@ def test_a_flow_of_images_in_data_space():
     ("transform", "expected"),
     [
         (Squeeze(3), "Squeeze(3)"),
-        (unsqueeze(2), "Squeeze(2).inv"),
+        (Squeeze(2).inv, "Squeeze(2).inv"),
         (LogitPreprocess(1e-6, event_dim=1), "LogitPreprocess(alpha=1e-06, event_dim=1)"),
         (Standardize(torch.zeros(3, 1, 1), torch.ones(3, 1, 1)), "Standardize((3, 1, 1))"),
     ],

@@ -1,6 +1,7 @@
 """Coupling layers on images: masks, splits, networks, and that the mathematics is that of vectors."""
 
 import copy
+from functools import partial
 
 import pyro.distributions as dist
 import pytest
@@ -10,22 +11,20 @@ from torch import nn
 from pyro_flows_ext.nn import GatedConvNet, ResidualConvNet
 from pyro_flows_ext.testing import perturb
 from pyro_flows_ext.transforms import (
+    Additive,
     ComposeFlow,
+    Coupling,
     Squeeze,
-    additive_coupling,
     affine_coupling,
-    conditional_additive_coupling,
     conditional_affine_coupling,
-    conditional_spline_coupling,
     spline_coupling,
 )
 
 HIDDEN = (3,)
-FAMILIES = {"additive": additive_coupling, "affine": affine_coupling, "spline": spline_coupling}
-CONDITIONAL = {
-    "additive": conditional_additive_coupling,
-    "affine": conditional_affine_coupling,
-    "spline": conditional_spline_coupling,
+FAMILIES = {
+    "additive": partial(Coupling, transformer=Additive()),
+    "affine": affine_coupling,
+    "spline": spline_coupling,
 }
 SHAPE = (3, 2, 3)
 BOARD = torch.tensor([[True, False, True], [False, True, False]]).expand(SHAPE)
@@ -113,7 +112,7 @@ def test_is_the_vector_layer_on_the_elements_of_the_image(family, mask, flip):
     given, expected = MASKS[mask]
     passes = expected ^ flip
     vector = perturb(FAMILIES[family](18, (6,), mask=passes.flatten()).double())
-    net = OfVectors(vector.net, SHAPE, passes, vector.num_params)
+    net = OfVectors(vector.net, SHAPE, passes, vector.transformer.num_params)
     image = FAMILIES[family](SHAPE, mask=given, flip=flip, net=net).double()
     x = torch.randn(4, 2, *SHAPE, dtype=torch.float64)
     for method in ("forward_and_ladj", "inverse_and_ladj"):
@@ -170,7 +169,7 @@ def test_what_passes_may_be_anything(family, far):
     ("context_batch", "x_batch"), [((), (3,)), ((3,), ()), ((3,), (3,)), ((4, 1), (3,))], ids=str
 )
 def test_contexts_broadcast(family, mask, context_batch, x_batch):
-    transform = perturb(CONDITIONAL[family](SHAPE, 2, HIDDEN, mask=mask).double())
+    transform = perturb(FAMILIES[family](SHAPE, HIDDEN, mask=mask, context_dim=2).double())
     context, x = torch.randn(*context_batch, 2).double(), torch.randn(*x_batch, *SHAPE).double()
     batch = torch.broadcast_shapes(context_batch, x_batch)
     full = transform.condition(context.expand(*batch, 2))
@@ -188,7 +187,7 @@ def test_contexts_broadcast(family, mask, context_batch, x_batch):
 @pytest.mark.parametrize("net", [ResidualConvNet, GatedConvNet], ids=lambda net: net.__name__)
 def test_a_net_of_ones_own(family, net):
     plain = make(family)
-    num_params = plain.num_params
+    num_params = plain.transformer.num_params
     own = FAMILIES[family](SHAPE, net=net(1, 2 * num_params, 4, 1))
     x = torch.randn(6, *SHAPE)
     torch.testing.assert_close(own.forward_and_ladj(x)[0], x)  # both start at zero
@@ -332,14 +331,15 @@ def test_wrong_shapes(family):
         transform.inv(torch.zeros(2, 3))
     wrong = FAMILIES[family](SHAPE, net=nn.Conv2d(1, 3, 1))
     with pytest.raises(
-        ValueError, match=r"net: expected an output of shape .* transformed channels, got"
+        ValueError,
+        match=r"net: expected an output of shape .* transformed elements or channels, got",
     ):
         wrong(torch.zeros(2, *SHAPE))
-    with pytest.raises(ValueError, match=r"call condition\(context\) first"):
-        CONDITIONAL[family](SHAPE, 2).transform(torch.zeros(SHAPE))
+    with pytest.raises(ValueError, match=r"condition\(context\) first"):
+        FAMILIES[family](SHAPE, context_dim=2)(torch.zeros(SHAPE))
 
 
 def test_repr():
     assert repr(affine_coupling((3, 8, 8), mask="checkerboard", flip=True)) == (
-        "AffineCoupling((3, 8, 8), mask='checkerboard', flip=True)"
+        "Coupling((3, 8, 8), transformer=Affine(), mask='checkerboard', flip=True)"
     )

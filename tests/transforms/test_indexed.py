@@ -20,7 +20,6 @@ from pyro_flows_ext.transforms import (
     affine_coupling,
     conditional_affine_coupling,
     conditional_planar,
-    indexed,
     planar,
     spline_autoregressive,
     sylvester,
@@ -45,13 +44,13 @@ def randn(*shape):
 def test_starts_as_the_transform_inside(make):
     f = perturb(make())
     x, u = torch.randn(5, 3), torch.randn(5, 2)
-    F = indexed(f, 2).condition(u)
+    F = IndexedTransform(f, 2).condition(u)
     torch.testing.assert_close(F.forward_and_ladj(x), f.forward_and_ladj(x))
 
 
 @inner
 def test_log_det_is_that_of_the_jacobian(make):
-    transform = perturb(indexed(make(), 2).double())
+    transform = perturb(IndexedTransform(make(), 2).double())
     F, x = transform.condition(randn(2)), randn(3)
     J = torch.autograd.functional.jacobian(lambda x: F.forward_and_ladj(x)[0], x)
     torch.testing.assert_close(F.forward_and_ladj(x)[1], torch.linalg.slogdet(J)[1])
@@ -60,7 +59,7 @@ def test_log_det_is_that_of_the_jacobian(make):
 @inner
 def test_is_the_formula_of_the_paper(make):
     f = make().double()
-    transform = perturb(indexed(f, 2).double())
+    transform = perturb(IndexedTransform(f, 2).double())
     u, z = randn(5, 2), randn(5, 3)
     t, s = transform.net(u).chunk(2, -1)
     s = math.log(1000) * (s / math.log(1000)).tanh()
@@ -70,7 +69,7 @@ def test_is_the_formula_of_the_paper(make):
 
 @inner
 def test_inverse_and_batches_of_u(make):
-    transform = perturb(indexed(make(), 2).double())
+    transform = perturb(IndexedTransform(make(), 2).double())
     u, x = randn(4, 2), randn(5, 1, 3)
     F = transform.condition(u)
     assert F.batch_shape == (4,)
@@ -86,7 +85,7 @@ def test_inverse_and_batches_of_u(make):
 
 @inner
 def test_gradients_reach_both_networks(make):
-    transform, u = perturb(indexed(make(), 2)), torch.randn(5, 2, requires_grad=True)
+    transform, u = perturb(IndexedTransform(make(), 2)), torch.randn(5, 2, requires_grad=True)
     x, ladj = transform.condition(u).inverse_and_ladj(torch.randn(5, 3))
     names = [name for name, _ in transform.named_parameters()]
     assert any(name.startswith("net.") for name in names)
@@ -96,7 +95,7 @@ def test_gradients_reach_both_networks(make):
 
 
 def test_scales_stay_bounded_for_any_index():
-    transform = perturb(indexed(planar(3), 1), scale=5.0)
+    transform = perturb(IndexedTransform(planar(3), 1), scale=5.0)
     F, x = transform.condition(torch.tensor([[1e4], [-1e4]])), torch.randn(2, 3)
     y, ladj = F.forward_and_ladj(x)
     assert y.isfinite().all()
@@ -106,7 +105,7 @@ def test_scales_stay_bounded_for_any_index():
 
 
 def test_in_a_conditional_distribution_of_pyro():
-    transform = perturb(indexed(affine_coupling(2, (4,)), 1).double())
+    transform = perturb(IndexedTransform(affine_coupling(2, (4,)), 1).double())
     base = dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)
     density = ConditionalTransformedDistribution(base, [transform]).condition(randn(6, 1))
     assert density.batch_shape == (6,)
@@ -119,7 +118,7 @@ def test_in_a_conditional_distribution_of_pyro():
 
 @torch.no_grad()
 def test_a_draw_is_scored_without_a_second_pass_until_the_shift_changes():
-    F = perturb(indexed(planar(2))).condition(torch.randn(5, 1))
+    F = perturb(IndexedTransform(planar(2))).condition(torch.randn(5, 1))
     x = torch.randn(5, 2)
     y = F(x)
     assert F.inv(y) is x
@@ -144,7 +143,7 @@ def test_a_draw_is_scored_without_a_second_pass_until_the_shift_changes():
     ids=["plain", "hyper", "contextual", "coupling", "inverse", "chain"],
 )
 def test_context_beside_the_index(make):
-    transform = perturb(indexed(make(), 2, context_dim=4).double())
+    transform = perturb(IndexedTransform(make(), 2, context_dim=4).double())
     u, context, x = randn(7, 1, 2), randn(5, 4), randn(3)
     F = transform.condition(u, context)
     assert F.batch_shape == (7, 5)
@@ -157,15 +156,18 @@ def test_context_beside_the_index(make):
 
 
 def test_contexts_that_do_not_fit():
-    with pytest.raises(ValueError, match="transform: it takes a context; give context_dim"):
-        indexed(conditional_planar(3, 4))
-    transform = indexed(planar(3), 2, context_dim=4)
+    with pytest.raises(
+        ValueError,
+        match="transform: expected one with the context_dim of IndexedTransform, 0, or 0, got 4",
+    ):
+        IndexedTransform(conditional_planar(3, 4))
+    transform = IndexedTransform(planar(3), 2, context_dim=4)
     with pytest.raises(ValueError, match=r"call condition\(index, context\)"):
         transform.condition(torch.zeros(2))
     with pytest.raises(ValueError, match=r"context: expected a tensor of shape \(\*, 4\)"):
         transform.condition(torch.zeros(2), torch.zeros(3))
-    with pytest.raises(ValueError, match="built without context_dim"):
-        indexed(planar(3)).condition(torch.zeros(1), torch.zeros(3))
+    with pytest.raises(ValueError, match="context: expected None, since context_dim is 0"):
+        IndexedTransform(planar(3)).condition(torch.zeros(1), torch.zeros(3))
 
 
 # --- images ---
@@ -184,7 +186,7 @@ class ByPixel(FlowTransform):
 
 
 def test_images_are_scaled_by_channel():
-    transform = perturb(indexed(ByPixel(), 2, input_dim=3).double())
+    transform = perturb(IndexedTransform(ByPixel(), 2, input_dim=3).double())
     u, x = randn(4, 2), randn(4, 3, 2, 5)
     F = transform.condition(u)
     assert (F.batch_shape, F.domain.event_dim) == ((4,), 3)
@@ -208,11 +210,11 @@ def test_images_are_scaled_by_channel():
 def test_size_is_read_off_the_transform(input_dim):
     f = ByPixel()
     f.input_dim = input_dim
-    assert indexed(ComposeFlow([f.inv]), 2).net[-1].out_features == 6
+    assert IndexedTransform(ComposeFlow([f.inv]), 2).net[-1].out_features == 6
 
 
 def test_options_and_copies():
-    transform = perturb(indexed(planar(3), 2, (7, 6, 5), activation=nn.ReLU))
+    transform = perturb(IndexedTransform(planar(3), 2, (7, 6, 5), activation=nn.ReLU))
     widths = [part.out_features for part in transform.net if isinstance(part, nn.Linear)]
     assert widths == [7, 6, 5, 6]
     assert any(isinstance(part, nn.ReLU) for part in transform.net)
@@ -221,33 +223,44 @@ def test_options_and_copies():
     for twin in (copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))):
         torch.testing.assert_close(twin.condition(u)(x), y)
     assert repr(transform) == "IndexedTransform(Planar(3, num_layers=1), index_dim=2)"
-    assert repr(indexed(planar(3), context_dim=4)).endswith("index_dim=1, context_dim=4)")
+    assert repr(IndexedTransform(planar(3), context_dim=4)).endswith("index_dim=1, context_dim=4)")
 
 
 class Positive(FlowTransform):
     domain = constraints.independent(constraints.positive, 1)
     input_dim = 3
 
+    def forward_and_ladj(self, x):
+        return x.log(), -x.log().sum(-1)
+
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: IndexedTransform(nn.Linear(2, 2)), TypeError, "got a Linear"),
-        (lambda: indexed(dist.transforms.Planar(2)), TypeError, "got a Planar"),
-        (lambda: indexed(planar(2), 0), ValueError, "index_dim: expected a positive integer"),
-        (lambda: indexed(ByPixel()), ValueError, "ByPixel has none to read; give input_dim"),
+        (lambda: IndexedTransform(dist.transforms.Planar(2)), TypeError, "got a Planar"),
         (
-            lambda: indexed(Positive()).condition(torch.zeros(1)),
+            lambda: IndexedTransform(planar(2), 0),
+            ValueError,
+            "index_dim: expected a positive integer",
+        ),
+        (
+            lambda: IndexedTransform(ByPixel()),
+            ValueError,
+            "ByPixel has none to read; give input_dim",
+        ),
+        (
+            lambda: IndexedTransform(Positive()).condition(torch.zeros(1)),
             ValueError,
             "expected one of unconstrained values",
         ),
         (
-            lambda: indexed(planar(2)).condition(torch.zeros(2)),
+            lambda: IndexedTransform(planar(2)).condition(torch.zeros(2)),
             ValueError,
             r"index: expected a tensor of shape \(\*, 1\)",
         ),
         (
-            lambda: indexed(planar(2)).condition(torch.zeros(1))(torch.zeros(3)),
+            lambda: IndexedTransform(planar(2)).condition(torch.zeros(1))(torch.zeros(3)),
             ValueError,
             r"x: expected a tensor of shape \(\*, 2\)",
         ),

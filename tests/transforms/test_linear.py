@@ -9,16 +9,13 @@ import pyro_flows_ext.transforms.linear as linear
 from pyro_flows_ext.ops import householder_columns
 from pyro_flows_ext.testing import POINTS, perturb
 from pyro_flows_ext.transforms import (
+    ActNorm,
     ComposeFlow,
+    HouseholderLinear,
+    LULinear,
     Permute,
-    actnorm,
-    conditional_householder_linear,
-    conditional_lu_linear,
-    conditional_qr_linear,
-    householder_linear,
-    lu_linear,
+    QRLinear,
     permute,
-    qr_linear,
 )
 
 
@@ -37,7 +34,7 @@ def test_lu_is_the_product_of_its_factors(make):
 
 @pytest.mark.parametrize("K", [1, 2, 4, 7])
 def test_qr_is_the_product_of_its_factors(K):
-    t = perturb(qr_linear(D, num_reflections=K).double())
+    t = perturb(QRLinear(D, num_reflections=K).double())
     R = t.r.detach().triu(1) + diagonal(t.r.detach().diagonal()).diag()
     W, b = matrix_of(t)
     torch.testing.assert_close(W, householder_columns(t.v) @ R)
@@ -46,7 +43,7 @@ def test_qr_is_the_product_of_its_factors(K):
 
 @pytest.mark.parametrize("K", [1, 2, 4, 7])
 def test_householder_is_the_product_of_its_reflections(K):
-    t = perturb(householder_linear(D, num_reflections=K).double())
+    t = perturb(HouseholderLinear(D, num_reflections=K).double())
     W, _ = matrix_of(t)
     torch.testing.assert_close(W, householder_columns(t.v))
     torch.testing.assert_close(W @ W.mT, torch.eye(D, dtype=W.dtype), rtol=0, atol=1e-14)
@@ -122,29 +119,29 @@ def test_vmap_over_parameters(make):
 # --- the start ---
 
 
-@pytest.mark.parametrize("make", [lu_linear, qr_linear, householder_linear])
+@pytest.mark.parametrize("make", [LULinear, QRLinear, HouseholderLinear])
 @pytest.mark.parametrize("dim", [1, 2, 5, 16])
 def test_starts_near_the_identity(make, dim):
     W, b = matrix_of(make(dim).double())
     distance = (W - torch.eye(dim, dtype=W.dtype)).abs().max()
-    assert distance == 0 if make is lu_linear else distance < 0.2
+    assert distance == 0 if make is LULinear else distance < 0.2
     assert (b == 0).all()
 
 
 def test_starts_at_the_permutation():
-    t = lu_linear(D, permute=True)
+    t = LULinear(D, permute=True)
     x = torch.randn(3, D)
     assert torch.equal(t(x), x[:, t.permutation])
 
 
 def test_odd_number_of_reflections_starts_at_a_mirror():
-    W, _ = matrix_of(householder_linear(16, num_reflections=3).double())
+    W, _ = matrix_of(HouseholderLinear(16, num_reflections=3).double())
     singular = torch.linalg.svdvals(W - torch.eye(16, dtype=W.dtype))
     assert singular[0] > 1.9
     assert singular[1] < 0.2
 
 
-@pytest.mark.parametrize("make", [qr_linear, householder_linear])
+@pytest.mark.parametrize("make", [QRLinear, HouseholderLinear])
 def test_reaches_any_rotation(make):
     """From the start: so no gradient vanishes there, and D reflections leave no rotation out of reach."""
     target = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
@@ -165,9 +162,9 @@ def test_reaches_any_rotation(make):
 def test_a_density_of_linear_layers_learns_a_gaussian():
     scale_tril = torch.tensor([[2.0, 0.0, 0.0], [3.0, 0.5, 0.0], [-1.0, 0.4, 0.1]]).double()
     data = torch.tensor([1.0, -5.0, 20.0]) + torch.randn(500, 3).double() @ scale_tril.mT
-    norm = actnorm(3).double()
+    norm = ActNorm(3).double()
     norm.initialize(data, inverse=True)
-    flow = ComposeFlow([lu_linear(3).double(), norm])
+    flow = ComposeFlow([LULinear(3).double(), norm])
     base = dist.Normal(torch.zeros(3).double(), 1.0).to_event(1)
     density = dist.TransformedDistribution(base, [flow])
     optimizer = torch.optim.LBFGS(flow.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -184,23 +181,23 @@ def test_a_density_of_linear_layers_learns_a_gaussian():
     torch.testing.assert_close(closure().detach(), best, rtol=0, atol=1e-5)
 
 
-# --- conditional forms ---
+# --- with a context ---
 
 
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (conditional_lu_linear, {"permute": True, "bias": False}),
-        (conditional_qr_linear, {"num_reflections": 3, "bias": False}),
-        (conditional_householder_linear, {"num_reflections": 3}),
+        (LULinear, {"permute": True, "bias": False}),
+        (QRLinear, {"num_reflections": 3, "bias": False}),
+        (HouseholderLinear, {"num_reflections": 3}),
     ],
     ids=["lu", "qr", "householder"],
 )
-def test_conditional_starts_as_the_transform_does(make, options):
-    t = make(D, 2, (4,), **options)
+def test_starts_at_every_context_as_the_transform_does(make, options):
+    t = make(D, context_dim=2, hidden_dims=(4,), **options)
     x = torch.randn(3, D)
     y, ladj = t.condition(torch.randn(3, 2)).forward_and_ladj(x)
-    expected, expected_ladj = t.transform.forward_and_ladj(x)
+    expected, expected_ladj = t.bind({}).forward_and_ladj(x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(ladj, expected_ladj)
     for name, value in options.items():
@@ -213,15 +210,15 @@ def test_conditional_starts_as_the_transform_does(make, options):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: lu_linear(0), "input_dim: expected a positive integer, got 0"),
-        (lambda: qr_linear(3, num_reflections=0), "num_reflections: expected a positive integer"),
+        (lambda: LULinear(0), "input_dim: expected a positive integer, got 0"),
+        (lambda: QRLinear(3, num_reflections=0), "num_reflections: expected a positive integer"),
         (lambda: Permute([0, 2]), r"expected each of 0 to D - 1 once, .* got \[0, 2\]"),
         (lambda: Permute([]), "expected each of 0 to D - 1 once"),
         (lambda: Permute(torch.zeros(1, 1)), "in one dimension"),
         (lambda: permute(3, kind="odd"), "kind: expected one of reverse, random; got 'odd'"),
         (lambda: permute(-1), "input_dim: expected a positive integer"),
-        (lambda: lu_linear(3)(torch.zeros(2)), r"x: expected a tensor of shape \(\*, 3\)"),
-        (lambda: qr_linear(3).inv(torch.zeros(2)), r"y: expected a tensor of shape \(\*, 3\)"),
+        (lambda: LULinear(3)(torch.zeros(2)), r"x: expected a tensor of shape \(\*, 3\)"),
+        (lambda: QRLinear(3).inv(torch.zeros(2)), r"y: expected a tensor of shape \(\*, 3\)"),
     ],
 )
 def test_errors(build, message):
@@ -232,13 +229,13 @@ def test_errors(build, message):
 @pytest.mark.parametrize(
     ("transform", "expected"),
     [
-        (lu_linear(3), "LULinear(3, bias=True, permute=False)"),
-        (qr_linear(5), "QRLinear(5, num_reflections=4, bias=True)"),
-        (householder_linear(1), "HouseholderLinear(1, num_reflections=2)"),
+        (LULinear(3), "LULinear(3, bias=True, permute=False)"),
+        (QRLinear(5), "QRLinear(5, num_reflections=4, bias=True)"),
+        (HouseholderLinear(1), "HouseholderLinear(1, num_reflections=2)"),
         (permute(3), "Permute(3)"),
         (
-            conditional_lu_linear(3, 2),
-            "ConditionalLULinear(3, bias=True, permute=False, context_dim=2)",
+            LULinear(3, context_dim=2),
+            "LULinear(3, bias=True, permute=False, context_dim=2)",
         ),
     ],
     ids=str,
@@ -255,12 +252,12 @@ def test_contract_of_a_stack(point):
 
     def build():
         parts = [
-            lu_linear(dim, bias=False, permute=True),
-            qr_linear(dim, num_reflections=1),
-            householder_linear(dim, num_reflections=5),
+            LULinear(dim, bias=False, permute=True),
+            QRLinear(dim, num_reflections=1),
+            HouseholderLinear(dim, num_reflections=5),
             permute(dim).inv,
         ]
-        return ComposeFlow([*parts, lu_linear(dim).inv])
+        return ComposeFlow([*parts, LULinear(dim).inv])
 
     for dtype in point.dtypes:
         point.check(build, dtype=dtype)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from normalizing import D, base, compiled, data, is_standard
 
 from pyro_flows_ext.testing import POINTS
-from pyro_flows_ext.transforms import ComposeFlow, actnorm, batchnorm, elementwise_affine, lu_linear
+from pyro_flows_ext.transforms import ActNorm, ComposeFlow, ElementwiseAffine, LULinear, batchnorm
 
 # --- batch normalisation ---
 
@@ -178,7 +178,7 @@ def test_training_compiled():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: actnorm(0), "input_dim: expected a positive integer, got 0"),
+        (lambda: ActNorm(0), "input_dim: expected a positive integer, got 0"),
         (lambda: batchnorm(2.5), "input_dim: expected a positive integer, got 2.5"),
         (lambda: batchnorm(2, momentum=0.0), r"momentum: expected a number in \(0, 1\], got 0.0"),
         (lambda: batchnorm(2, momentum=2), r"momentum: expected a number in \(0, 1\], got 2"),
@@ -194,9 +194,9 @@ def test_errors(build, message):
 @pytest.mark.parametrize(
     ("transform", "expected"),
     [
-        (actnorm(3), "ActNorm(3)"),
+        (ActNorm(3), "ActNorm(3)"),
         (batchnorm(3).inv, "BatchNorm(3, momentum=0.1, eps=1e-05).inv"),
-        (elementwise_affine(3), "ElementwiseAffine(3)"),
+        (ElementwiseAffine(3), "ElementwiseAffine(3)"),
     ],
     ids=str,
 )
@@ -211,10 +211,10 @@ def test_contract_of_a_stack(point):
 
     def build():
         rows = 2 * torch.randn(20, dim) + 1
-        norm, batch = actnorm(dim), batchnorm(dim)
+        norm, batch = ActNorm(dim), batchnorm(dim)
         norm.initialize(rows)
         batch.set_statistics(rows)
-        return ComposeFlow([norm, lu_linear(dim, permute=True), batch.inv]).eval()
+        return ComposeFlow([norm, LULinear(dim, permute=True), batch.inv]).eval()
 
     for dtype in point.dtypes:
         point.check(build, dtype=dtype)

@@ -7,35 +7,31 @@ import torch.nn.functional as F
 
 from pyro_flows_ext.testing import POINTS, perturb
 from pyro_flows_ext.transforms import (
+    ActNorm,
     ComposeFlow,
-    ConditionalPixelwise,
+    ElementwiseAffine,
+    HouseholderLinear,
     Invertible1x1Conv,
+    LULinear,
     Permute,
     Pixelwise,
     Squeeze,
-    actnorm,
     affine_coupling,
     batchnorm,
     conditional_affine_coupling,
-    conditional_elementwise_affine,
-    conditional_invertible_1x1_conv,
-    conditional_lu_linear,
     conditional_planar,
-    conditional_sylvester,
-    householder_linear,
-    invertible_1x1_conv,
-    lu_linear,
     planar,
     spline_autoregressive,
     spline_coupling,
+    sylvester,
 )
 
 INNER = {
     "planar": lambda: planar(3),
     "planar-inverse": lambda: planar(3).inv,
-    "lu": lambda: lu_linear(3, permute=True),
+    "lu": lambda: LULinear(3, permute=True),
     "permute": lambda: Permute([2, 0, 1]),
-    "actnorm": lambda: actnorm(3),
+    "actnorm": lambda: ActNorm(3),
     "coupling": lambda: affine_coupling(3, (4,)),
     "autoregressive": lambda: spline_autoregressive(3, (4,), num_bins=3),
     "compose": lambda: ComposeFlow([planar(3), spline_coupling(3, (4,), num_bins=3)]),
@@ -43,9 +39,9 @@ INNER = {
 CONDITIONAL = {
     "planar": lambda: conditional_planar(3, 2, (4,)),
     "planar-inverse": lambda: conditional_planar(3, 2, (4,)).inv,
-    "affine": lambda: conditional_elementwise_affine(3, 2, (4,)),
-    "lu": lambda: conditional_lu_linear(3, 2, (4,), permute=True),
-    "sylvester": lambda: conditional_sylvester(3, 2, (4,)),
+    "affine": lambda: ElementwiseAffine(3, context_dim=2, hidden_dims=(4,)),
+    "lu": lambda: LULinear(3, permute=True, context_dim=2, hidden_dims=(4,)),
+    "sylvester": lambda: sylvester(3, context_dim=2, hidden_dims=(4,)),
     "coupling": lambda: conditional_affine_coupling(3, 2, (4,)),
 }
 METHODS = ("forward_and_ladj", "inverse_and_ladj")
@@ -90,7 +86,7 @@ def test_one_map_for_each_image(inner, context_batch, x_batch):
     batch = torch.broadcast_shapes(context_batch, x_batch)
     contexts, images = context.expand(*batch, 2).reshape(-1, 2), x.expand(*batch, 3, 4, 3)
     for transform in (
-        ConditionalPixelwise(conditional).condition(context),
+        Pixelwise(conditional).condition(context),
         Pixelwise(conditional.condition(context)),
     ):
         assert transform.batch_shape == context_batch
@@ -107,14 +103,14 @@ def test_one_map_for_each_image(inner, context_batch, x_batch):
 
 
 def test_conditional_starts_as_the_plain_one():
-    conditional = conditional_invertible_1x1_conv(3, 2)
-    plain, x = Pixelwise(conditional.transform.transform), torch.randn(5, 3, 2, 2)
+    conditional = Invertible1x1Conv(3, context_dim=2)
+    plain, x = Pixelwise(conditional.transform.bind({})), torch.randn(5, 3, 2, 2)
     bound = conditional.condition(torch.randn(5, 2))
     torch.testing.assert_close(bound.forward_and_ladj(x), plain.forward_and_ladj(x))
 
 
 def test_gradients_reach_the_network_and_the_context():
-    conditional, context = perturb(conditional_invertible_1x1_conv(3, 2)), torch.randn(5, 2)
+    conditional, context = perturb(Invertible1x1Conv(3, context_dim=2)), torch.randn(5, 2)
     bound = conditional.condition(context.requires_grad_())
     x, ladj = bound.inverse_and_ladj(torch.randn(5, 3, 2, 2))
     hyper = list(conditional.transform.hyper.parameters())
@@ -122,23 +118,23 @@ def test_gradients_reach_the_network_and_the_context():
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
 
 
-def test_with_context_reaches_the_inner_transform():
+def test_condition_reaches_the_inner_transform():
     stack = ComposeFlow([Squeeze(2), Pixelwise(affine_coupling(4, (5,), context_dim=2).inv)])
     perturb(stack)
     context, x = torch.randn(3, 2), torch.randn(3, 1, 4, 4)
-    y, ladj = stack.with_context(context).forward_and_ladj(x)
+    y, ladj = stack.condition(context).forward_and_ladj(x)
     inner = stack[1].transform.transform
     squeezed = Squeeze(2)(x)
-    expected = Pixelwise(inner.with_context(context)).inverse_and_ladj(squeezed)
+    expected = Pixelwise(inner.condition(context)).inverse_and_ladj(squeezed)
     torch.testing.assert_close((y, ladj), expected)
-    with pytest.raises(ValueError, match=r"call condition\(context\) first"):
+    with pytest.raises(ValueError, match=r"condition\(context\) first"):
         stack(x)
 
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["", "inverse"])
 def test_the_cache_sees_what_the_inner_transform_is_bound_to(inverted):
     context, x = torch.randn(3, 2), torch.randn(3, 3, 2, 2)
-    inner = perturb(affine_coupling(3, (5,), context_dim=2)).with_context(context)
+    inner = perturb(affine_coupling(3, (5,), context_dim=2)).condition(context)
     bound = Pixelwise(inner.inv if inverted else inner)
     with torch.no_grad():
         before = bound(x)
@@ -152,7 +148,7 @@ def test_the_cache_sees_what_the_inner_transform_is_bound_to(inverted):
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_initialize_takes_images(inverse):
-    transform = Pixelwise(actnorm(3)).double()
+    transform = Pixelwise(ActNorm(3)).double()
     batch = torch.randn(2, 4, 3, 5, 6).double() * torch.tensor([1.0, 5.0, 0.1])[:, None, None] + 2
     transform.initialize(batch, inverse=inverse)
     y = (transform.inv if inverse else transform)(batch).movedim(-3, 0).flatten(1)
@@ -162,15 +158,15 @@ def test_initialize_takes_images(inverse):
 
 def test_initialize_refuses_vectors_and_is_there_only_for_those_who_have_it():
     with pytest.raises(ValueError, match="batch: expected 3 event dimensions"):
-        Pixelwise(actnorm(3)).initialize(torch.zeros(2, 3))
+        Pixelwise(ActNorm(3)).initialize(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"batch: expected a tensor of shape \(\*, 3\)"):
-        Pixelwise(actnorm(3)).initialize(torch.zeros(2, 4, 3, 3))
-    assert hasattr(Pixelwise(actnorm(3)), "initialize")
+        Pixelwise(ActNorm(3)).initialize(torch.zeros(2, 4, 3, 3))
+    assert hasattr(Pixelwise(ActNorm(3)), "initialize")
     assert not hasattr(Pixelwise(planar(3)), "initialize")
 
 
 def test_first_batch_initialises():
-    transform = Pixelwise(actnorm(3, initialize_on_first_batch=True))
+    transform = Pixelwise(ActNorm(3, initialize_on_first_batch=True))
     batch = torch.randn(8, 3, 4, 4) * 3 + 1
     x, _ = transform.inverse_and_ladj(batch)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
@@ -192,7 +188,7 @@ def test_batchnorm_counts_pixels_for_rows():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 6), (64, 4, 16, 16)], ids=str)  # factors, or formed
 def test_is_a_convolution(bias, shape):
-    transform = perturb(invertible_1x1_conv(4, bias=bias).double())
+    transform = perturb(Invertible1x1Conv(4, bias=bias).double())
     lu = transform.transform.lu.detach()
     slope = torch.where(
         lu.diagonal() < 0, (lu.diagonal() / 0.999).exp() * 0.999 + 0.001, 1 + lu.diagonal()
@@ -209,15 +205,15 @@ def test_is_a_convolution(bias, shape):
 
 def test_starts_at_a_permutation_of_the_channels():
     x = torch.randn(2, 5, 3, 3)
-    transform = invertible_1x1_conv(5)
+    transform = Invertible1x1Conv(5)
     y, ladj = transform.forward_and_ladj(x)
     assert torch.equal(y, x[:, transform.transform.permutation])
     assert not ladj.any()
-    assert torch.equal(invertible_1x1_conv(5, permute=False)(x), x)
+    assert torch.equal(Invertible1x1Conv(5, permute=False)(x), x)
 
 
 def test_density_of_a_convolved_normal():
-    transform = perturb(invertible_1x1_conv(2, bias=True).double())
+    transform = perturb(Invertible1x1Conv(2, bias=True).double())
     base = dist.Normal(torch.zeros(2, 2, 1).double(), 1.0).to_event(3)
     flow = dist.TransformedDistribution(base, [transform])
     eye = torch.eye(2).double()[:, :, None, None].expand(2, 2, 2, 1)
@@ -238,8 +234,8 @@ def test_density_of_a_convolved_normal():
         (lambda: planar(3), 1),
         (lambda: Permute([1, 2, 0]), 1),
         (lambda: Permute([1, 0, 2]), 0),
-        (lambda: householder_linear(3, num_reflections=2), 1),
-        (lambda: householder_linear(3, num_reflections=1), 0),
+        (lambda: HouseholderLinear(3, num_reflections=2), 1),
+        (lambda: HouseholderLinear(3, num_reflections=1), 0),
     ],
     ids=["planar", "even", "odd", "rotation", "mirror"],
 )
@@ -259,7 +255,7 @@ def test_function_transforms():
 
 
 def test_empty_batch():
-    y, ladj = invertible_1x1_conv(2).forward_and_ladj(torch.zeros(0, 2, 3, 3))
+    y, ladj = Invertible1x1Conv(2).forward_and_ladj(torch.zeros(0, 2, 3, 3))
     assert y.shape == (0, 2, 3, 3)
     assert ladj.shape == (0,)
 
@@ -269,7 +265,7 @@ def test_refuses():
         Pixelwise(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"expected a transform of vectors, got Squeeze\(2\)"):
         Pixelwise(Squeeze(2))
-    transform = invertible_1x1_conv(3)
+    transform = Invertible1x1Conv(3)
     with pytest.raises(ValueError, match=r"x: expected 3 event dimensions, got shape \(3, 2\)"):
         transform(torch.zeros(3, 2))
     with pytest.raises(
@@ -281,6 +277,6 @@ def test_refuses():
 def test_repr():
     assert repr(Pixelwise(planar(3))) == "Pixelwise(Planar(3, num_layers=1))"
     assert repr(Invertible1x1Conv(3)) == "Invertible1x1Conv(3, bias=False, permute=True)"
-    bound = conditional_invertible_1x1_conv(3, 2).condition(torch.zeros(5, 2))
+    bound = Invertible1x1Conv(3, context_dim=2).condition(torch.zeros(5, 2))
     assert "batch_shape=(5,)" in repr(bound)
-    assert "context_dim=2" in repr(conditional_invertible_1x1_conv(3, 2))
+    assert "context_dim=2" in repr(Invertible1x1Conv(3, context_dim=2))

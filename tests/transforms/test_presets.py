@@ -32,12 +32,13 @@ def made(name, dim=3, **options):
 
 
 @EACH
-@pytest.mark.parametrize("context_dim", [None, 2], ids=["plain", "context"])
+@pytest.mark.parametrize("context_dim", [0, 2], ids=["plain", "context"])
 def test_layers_can_be_reached(name, context_dim):
     flow = PRESETS[name](3, num_layers=3, hidden_dims=(8,), context_dim=context_dim)
     step, rest = LAYERS.get(name, (1, 0))
     assert len(flow) == 3 * step + rest
-    assert isinstance(flow, T.ComposeFlow if context_dim is None else T.ConditionalComposeFlow)
+    assert isinstance(flow, T.ComposeFlow)
+    assert flow.context_dim == context_dim
     assert list(flow)[1] is flow[1]
     assert repr(flow).count("\n  (") == len(flow)
 
@@ -132,8 +133,8 @@ def test_kind_is_checked():
 
 def test_options_reach_the_layers():
     flow = T.nsf(3, num_layers=2, num_bins=4, bound=2.0, mask="alternating", linear=False)
-    assert [layer.num_bins for layer in flow] == [4, 4]
-    assert [layer.bound for layer in flow] == [2.0, 2.0]
+    assert [layer.transformer.num_bins for layer in flow] == [4, 4]
+    assert [layer.transformer.bound for layer in flow] == [2.0, 2.0]
     assert flow[0].mask.tolist() == [True, False, True]
     assert flow[1].mask.tolist() == [False, True, False]
 

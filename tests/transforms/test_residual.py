@@ -20,13 +20,7 @@ from residual_flows import (
 import pyro_flows_ext.ops.contraction as contraction
 from pyro_flows_ext.nn import LipschitzMLP
 from pyro_flows_ext.testing import perturb
-from pyro_flows_ext.transforms import (
-    ConditionalResidualFlow,
-    LogDetNoise,
-    ResidualFlow,
-    conditional_residual_flow,
-    residual_flow,
-)
+from pyro_flows_ext.transforms import LogDetNoise, ResidualFlow
 
 # --- exact log-dets ---
 
@@ -134,7 +128,7 @@ def test_rows_do_not_leak_into_each_other(inverse):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [3, (2, 3, 3)], ids=str)
 def test_starts_at_the_identity_with_a_gradient(shape, train):
-    transform = residual_flow(shape, (5, 5)).train(train)
+    transform = ResidualFlow(shape, (5, 5)).train(train)
     x = torch.randn(4, *transform.event_shape)
     for method in ("forward_and_ladj", "inverse_and_ladj"):
         out, ladj = getattr(transform, method)(x)
@@ -149,7 +143,7 @@ def test_starts_at_the_identity_with_a_gradient(shape, train):
 
 
 def test_images():
-    transform = perturb(residual_flow((2, 3, 3), (4,)).double(), scale=3.0)
+    transform = perturb(ResidualFlow((2, 3, 3), (4,)).double(), scale=3.0)
     for space in (transform.domain, transform.codomain):
         assert space.event_dim == 3
         assert space.base_constraint is constraints.real
@@ -173,7 +167,7 @@ def test_images():
 
 
 def test_images_with_a_context():
-    conditional = perturb(conditional_residual_flow((1, 2, 3), 2, (4,)).double()).eval()
+    conditional = perturb(ResidualFlow((1, 2, 3), (4,), context_dim=2).double()).eval()
     context = torch.randn(5, 2, dtype=torch.float64)
     transform = conditional.condition(context)
     x = torch.randn(1, 2, 3, dtype=torch.float64)
@@ -218,10 +212,10 @@ def test_any_network():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_any_network_with_a_context():
-    conditional = ConditionalResidualFlow(D, 2, net=Own(context_dim=2), lipschitz=0.6).eval()
+    conditional = ResidualFlow(D, net=Own(context_dim=2), lipschitz=0.6, context_dim=2).eval()
     context, x = torch.randn(4, 2, dtype=torch.float64), normal(4)
     y, _ = conditional.condition(context).forward_and_ladj(x)
-    torch.testing.assert_close(y, x + conditional.transform.net(x, context))
+    torch.testing.assert_close(y, x + conditional.net(x, context))
 
 
 def test_a_network_that_says_how_lipschitz_it_is():
@@ -244,7 +238,7 @@ def test_a_network_that_is_no_contraction_is_found_out():
 @pytest.mark.parametrize("train", [True, False], ids=["estimated", "exact"])
 def test_learns_a_density(train):
     """By maximum likelihood, from samples of a density whose second variable swings with the first."""
-    transform = residual_flow(2, (32, 32)).train(train)
+    transform = ResidualFlow(2, (32, 32)).train(train)
     base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     flow = dist.TransformedDistribution(base, [transform.inv])
 
@@ -268,40 +262,39 @@ def test_learns_a_density(train):
 
 
 def test_repr():
-    assert repr(residual_flow(3)) == "ResidualFlow(3, lipschitz=0.97)"
+    assert repr(ResidualFlow(3)) == "ResidualFlow(3, lipschitz=0.97)"
     assert (
-        repr(residual_flow((1, 4, 4), lipschitz=0.5, exact_log_det=True))
+        repr(ResidualFlow((1, 4, 4), lipschitz=0.5, exact_log_det=True))
         == "ResidualFlow((1, 4, 4), lipschitz=0.5, exact_log_det=True)"
     )
-    assert (
-        repr(conditional_residual_flow(3, 2))
-        == "ConditionalResidualFlow(3, lipschitz=0.97, context_dim=2)"
-    )
+    assert repr(ResidualFlow(3, context_dim=2)) == "ResidualFlow(3, lipschitz=0.97, context_dim=2)"
 
 
 def test_errors():
-    for run in (residual_flow(3).forward_and_ladj, residual_flow(3).inverse_and_ladj):
+    for run in (ResidualFlow(3).forward_and_ladj, ResidualFlow(3).inverse_and_ladj):
         with pytest.raises(ValueError, match=r"expected a tensor of shape \(\*, 3\), got \(5, 2\)"):
             run(torch.randn(5, 2))
     with pytest.raises(ValueError, match=r"x: expected a tensor of shape \(\*, 1, 2, 2\)"):
-        residual_flow((1, 2, 2)).forward_and_ladj(torch.randn(2, 2))
+        ResidualFlow((1, 2, 2)).forward_and_ladj(torch.randn(2, 2))
     with pytest.raises(ValueError, match=r"input_dim: expected D or \(C, H, W\)"):
-        residual_flow((2, 2))
+        ResidualFlow((2, 2))
     with pytest.raises(ValueError, match="input_dim: expected a positive integer, got 0"):
-        residual_flow(0)
+        ResidualFlow(0)
     with pytest.raises(ValueError, match="lipschitz: expected a number between 0 and 1"):
-        residual_flow(3, lipschitz=1.0)
+        ResidualFlow(3, lipschitz=1.0)
     with pytest.raises(ValueError, match="lipschitz: expected a number between 0 and 1"):
-        residual_flow(3, net=Own(), lipschitz=1.5)
+        ResidualFlow(3, net=Own(), lipschitz=1.5)
     with pytest.raises(ValueError, match="continue_prob: expected a number between 0 and 1"):
-        residual_flow(3, continue_prob=1.0)
+        ResidualFlow(3, continue_prob=1.0)
     with pytest.raises(ValueError, match="num_exact_terms: expected a positive integer, got 0"):
-        residual_flow(3, num_exact_terms=0)
+        ResidualFlow(3, num_exact_terms=0)
     with pytest.raises(ValueError, match="num_probes: expected a positive integer, got 0"):
-        residual_flow(3, num_probes=0)
+        ResidualFlow(3, num_probes=0)
     with pytest.raises(ValueError, match="hidden_dims: these belong to the default network"):
-        residual_flow(3, (4,), net=Own())
-    with pytest.raises(ValueError, match=r"context_dim=2; call condition\(context\) first"):
-        conditional_residual_flow(3, 2).transform(torch.randn(5, 3))
+        ResidualFlow(3, (4,), net=Own())
+    with pytest.raises(
+        ValueError, match=r"ResidualFlow: expected a call of condition\(context\) first"
+    ):
+        ResidualFlow(3, context_dim=2)(torch.randn(5, 3))
     with pytest.raises(ValueError, match="noise: expected none, since exact_log_det=True"):
-        residual_flow(3, exact_log_det=True).with_noise(exact_noise())
+        ResidualFlow(3, exact_log_det=True).with_noise(exact_noise())

@@ -7,7 +7,7 @@ from residual_flows import D, all_signs, exact_noise, ladj_of, leaves_of, made, 
 
 from pyro_flows_ext.ops import roulette_weights
 from pyro_flows_ext.testing import perturb
-from pyro_flows_ext.transforms import LogDetNoise, conditional_residual_flow
+from pyro_flows_ext.transforms import LogDetNoise, ResidualFlow
 
 # --- estimates ---
 
@@ -91,12 +91,12 @@ def expected_gradients(transform, loss, leaves):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_gradients_are_unbiased_for_each_row(neumann_gradient, inverse):
     """Weighted row by row, as in an importance-weighted bound, for x, context and parameters."""
-    conditional = conditional_residual_flow(
-        D, 2, (8, 8), lipschitz=0.9, neumann_gradient=neumann_gradient
+    conditional = ResidualFlow(
+        D, (8, 8), context_dim=2, lipschitz=0.9, neumann_gradient=neumann_gradient
     ).double()
     perturb(conditional)
     with torch.no_grad():
-        for layer in conditional.transform.net.layers:
+        for layer in conditional.net.layers:
             layer.weight.add_(2 * torch.eye(*layer.weight.shape))
     context, x = torch.randn(4, 2, dtype=torch.float64), normal(4)
     leaves = leaves_of(conditional, x.requires_grad_(), context.requires_grad_())
@@ -186,12 +186,12 @@ def test_noise_broadcasts(batch):
 
 
 def test_noise_and_context_in_either_order():
-    conditional = perturb(conditional_residual_flow(D, 2, (4,)).double())
+    conditional = perturb(ResidualFlow(D, (4,), context_dim=2).double())
     x, context = normal(4), torch.randn(4, 2, dtype=torch.float64)
     noise = conditional.condition(context).draw_noise(normal())
     assert noise.v.shape == (1, 4, D)
     ladjs = [
         conditional.condition(context).with_noise(noise).forward_and_ladj(x)[1],
-        conditional.transform.with_noise(noise).with_context(context).forward_and_ladj(x)[1],
+        conditional.with_noise(noise).condition(context).forward_and_ladj(x)[1],
     ]
     assert torch.equal(*ladjs)

@@ -6,13 +6,9 @@ import torch
 
 from pyro_flows_ext.testing import perturb
 from pyro_flows_ext.transforms import (
-    ConditionalHouseholderSylvester,
-    ConditionalOrthogonalSylvester,
-    ConditionalTriangularSylvester,
     HouseholderSylvester,
     OrthogonalSylvester,
     TriangularSylvester,
-    conditional_sylvester,
     planar,
     sylvester,
 )
@@ -94,7 +90,7 @@ def test_orthogonal_is_continuous_where_an_entry_of_q_changes_sign(row, column):
 
 def by_one_context(dim, rank, direction):
     """A conditional flow whose network emits c `direction` for q, for a context c `(1)`, and nothing else."""
-    flow = perturb(conditional_sylvester(dim, 1, (), rank=rank).double(), scale=0.3)
+    flow = perturb(sylvester(dim, context_dim=1, hidden_dims=(), rank=rank).double(), scale=0.3)
     weight, bias = flow.hyper.net[0].weight, flow.hyper.net[0].bias
     position = 0
     with torch.no_grad():
@@ -103,7 +99,7 @@ def by_one_context(dim, rank, direction):
         for name, size in zip(flow.hyper.shapes, flow.hyper.sizes, strict=True):
             if name == "q":
                 rows = slice(position, position + size)
-                weight[rows, 0] = direction(flow.transform.q).flatten()
+                weight[rows, 0] = direction(flow.q).flatten()
             position += size
     return flow
 
@@ -272,7 +268,7 @@ def test_log_det_is_right_where_that_of_pyro_is_off(seed):
             "num_reflections: expected a positive integer, got 0",
         ),
         (
-            lambda: conditional_sylvester(3, 2, kind="triangular", num_reflections=2),
+            lambda: sylvester(3, kind="triangular", num_reflections=2, context_dim=2),
             "num_reflections goes with kind=\"householder\", not with 'triangular'",
         ),
         (
@@ -288,20 +284,19 @@ def test_errors(build, message):
 
 
 @pytest.mark.parametrize(
-    ("kind", "plain", "conditional"),
+    ("kind", "expected"),
     [
-        ("orthogonal", OrthogonalSylvester, ConditionalOrthogonalSylvester),
-        ("householder", HouseholderSylvester, ConditionalHouseholderSylvester),
-        ("triangular", TriangularSylvester, ConditionalTriangularSylvester),
+        ("orthogonal", OrthogonalSylvester),
+        ("householder", HouseholderSylvester),
+        ("triangular", TriangularSylvester),
     ],
     ids=KINDS,
 )
-def test_kinds(kind, plain, conditional):
-    made = sylvester(4, kind=kind, rank=2, num_layers=3)
-    assert type(made) is plain
-    assert made.kind == kind
-    assert repr(made).startswith(f"{plain.__name__}(4, rank=2, num_layers=3")
-    assert type(conditional_sylvester(4, 2, kind=kind)) is conditional
+def test_kinds(kind, expected):
+    made = sylvester(4, kind=kind, rank=2, num_layers=3, context_dim=2)
+    assert type(made) is expected
+    assert made.context_dim == 2
+    assert repr(made).startswith(f"{expected.__name__}(4, rank=2, num_layers=3")
 
 
 @pytest.mark.parametrize(("dim", "expected"), [(3, 3), (8, 8), (64, 8)])

@@ -12,9 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...programs import is_delta
-from ...transforms import FlowTransform
-from ...transforms._iterative import ITERATIVE
-from ...transforms.base import InverseFlow
+from ...transforms import FlowTransform, InverseFlow
 
 # Flows that draw in one pass and invert by sweeps or roots, which the density at a cut would take. Up to this dimension
 # their Jacobian, D backward passes in one batch, is cheaper: a step takes 1.2 to 1.5 times as long as without paths for
@@ -89,8 +87,8 @@ def _inverts_slowly(fn: Any) -> bool:
         isinstance(t, FlowTransform) for t in transforms
     ):
         return False
-    parts = [part for t in transforms for part in t.modules()]
-    return any(isinstance(p, ITERATIVE) for p in parts) and not any(
+    parts = [p for t in transforms for p in t.modules() if isinstance(p, FlowTransform)]
+    return any(p.inverts_iteratively for p in parts) and not any(
         isinstance(p, InverseFlow) for p in parts
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..ops import matvec, tanh_root, triangular_tanh_root
-from ._constrain import check_event, check_positive
+from ..ops import check_positive, matvec, tanh_root, triangular_tanh_root
 from .base import FlowTransform
 
 
@@ -16,24 +16,24 @@ class LowRankTanh(FlowTransform):
     """y = x + B tanh(Ax + b), `num_layers` times in a row, with AB upper triangular and (AB)_ii > -1.
 
     By the matrix determinant lemma det(I + B diag(h') A) = det(I + diag(h') AB), which the triangle reduces to
-    log|det| = Σ_i log(1 + (AB)_ii (1 - tanh²(Ax + b)_i)).
-
-    A subclass has the parameter `b` `(K, M)` and constrains the rest of all K layers at once in `_factors`.
+    log|det| = Σ_i log(1 + (AB)_ii (1 - tanh²(Ax + b)_i)). A subclass has the parameter `b` `(K, M)` and constrains
+    the other ones of all K layers at once in `_factors`.
     """
 
     b: Tensor
+    inverts_iteratively = True
 
     def __init__(self, input_dim: int, num_layers: int):
         super().__init__()
         self.input_dim = check_positive("input_dim", input_dim)
         self.num_layers = check_positive("num_layers", num_layers)
 
+    @abstractmethod
     def _factors(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
         """For each layer A `(*, M, D)` and Bᵀ `(*, M, D)`, and the diagonal of AB for all of them `(*, K, M)`."""
-        raise TypeError(f"{type(self).__name__} must define _factors()")
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("x", x, self.input_dim)
+        self._check_input("x", x)
         A, Bt, k = self._factors()
         hs = []
         for A_l, Bt_l, b_l in zip(A, Bt, layers(self.b, -2), strict=True):
@@ -43,7 +43,7 @@ class LowRankTanh(FlowTransform):
         return x, _ladj(k, hs)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_event("y", y, self.input_dim)
+        self._check_input("y", y)
         A, Bt, k = self._factors()
         hs = []
         for A_l, Bt_l, b_l in reversed(list(zip(A, Bt, layers(self.b, -2), strict=True))):
