@@ -13,14 +13,26 @@ class ResidualConvNet(nn.Module):
     """A residual network `(*, in_channels, H, W) -> (*, out_channels, H, W)`, for any H and W, padded with zeros.
 
     A 3x3 convolution to `hidden_channels`, then `num_blocks` times h + conv1x1(act(conv3x3(act(h)))), then an activation
-    and a 3x3 convolution, which `zero_last=True` starts at zero: whatever the output parametrises starts at its own
-    initial value. An output sees the pixels up to num_blocks + 2 away. Nothing is normalised, and images do
-    not see each other.
+    and a 3x3 convolution. An output depends on the pixels up to num_blocks + 2 away. Nothing is normalised across images.
 
-    With `context_dim`, `forward(x, context)` takes a context `(*, context_dim)` beside x, broadcast against it and joined
-    as channels that are constant over the image. Raises `ValueError` for another number of channels.
+    Args:
+        in_channels, out_channels: numbers of channels.
+        hidden_channels: width of the blocks.
+        num_blocks: number of blocks.
+        context_dim: size of a context `(*, context_dim)` that is joined to x as channels that are constant over the
+            image: `forward(x, context)`.
+        activation: makes the activations.
+        zero_last: whether the last convolution starts at zero.
 
-    Source: residual blocks with the activation first, He et al. 2016, Identity Mappings in Deep Residual Networks.
+    Raises:
+        ValueError: in a pass, for another number of channels.
+
+    Example:
+        >>> ResidualConvNet(1, 4, hidden_channels=8)(torch.zeros(5, 1, 6, 6)).shape
+        torch.Size([5, 4, 6, 6])
+
+    References:
+        He et al. 2016, Identity Mappings in Deep Residual Networks (blocks with the activation first).
     """
 
     gated = False
@@ -64,7 +76,12 @@ class ResidualConvNet(nn.Module):
 class GatedConvNet(ResidualConvNet):
     """A `ResidualConvNet` of gated blocks: h + a ⊙ σ(b), with (a, b) = conv1x1(act(conv3x3(act(h)))).
 
-    Source: Ho et al. 2019, Flow++.
+    Example:
+        >>> GatedConvNet(1, 4, hidden_channels=8)(torch.zeros(1, 6, 6)).shape
+        torch.Size([4, 6, 6])
+
+    References:
+        Ho et al. 2019, Flow++.
     """
 
     gated = True

@@ -14,8 +14,19 @@ from .mlp import MLP
 class HyperNetwork(nn.Module):
     """Maps a context `(*, C)` to named tensors `(*, shape)`, all zero before training.
 
-    One multilayer perceptron emits every entry of every tensor, so its last layer has as many rows as `shapes` has
-    entries. `hidden_dims=None` means two layers of 64.
+    One multilayer perceptron emits every entry of every tensor, so its last layer has as many rows as there are entries.
+
+    Args:
+        context_dim: C.
+        shapes: name -> shape of the tensors.
+        hidden_dims: widths of the hidden layers; `(64, 64)` by default, `()` for a linear map.
+
+    Raises:
+        ValueError: in a pass, if the last dimension of the context is not C.
+
+    Example:
+        >>> HyperNetwork(2, {"loc": (3,)})(torch.ones(5, 2))["loc"].shape
+        torch.Size([5, 3])
     """
 
     def __init__(

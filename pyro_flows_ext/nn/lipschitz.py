@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -20,7 +21,12 @@ _SWISH_SLOPE = 1.1
 class LipSwish(nn.Module):
     """z σ(β z) / 1.1 elementwise, β = softplus(parameter) > 0: smooth, not monotone, of slope 1 at most for any β.
 
-    Source: Chen, Behrmann, Duvenaud & Jacobsen 2019, Residual Flows for Invertible Generative Modeling, section 3.3.
+    Example:
+        >>> LipSwish()(torch.zeros(2)).tolist()
+        [0.0, 0.0]
+
+    References:
+        Chen, Behrmann, Duvenaud & Jacobsen 2019, Residual Flows for Invertible Generative Modeling, section 3.3.
     """
 
     def __init__(self) -> None:
@@ -31,14 +37,14 @@ class LipSwish(nn.Module):
         return x * (F.softplus(self.raw_beta) * x).sigmoid() / _SWISH_SLOPE
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and its derivative, `(*)` both."""
+        """Returns the value and its derivative, `(*)` each."""
         z = F.softplus(self.raw_beta) * x
         s = z.sigmoid() / _SWISH_SLOPE
         return x * s, s + z * s * (1 - _SWISH_SLOPE * s)
 
 
 class SlopedActivation(Protocol):
-    """What a network asks of an activation; its slope must lie in [-1, 1]."""
+    """An activation with its slope, which must lie in [-1, 1]."""
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -82,17 +88,16 @@ class BoundLipschitz:
         return h, product
 
 
-class LipschitzNet(nn.Module):
-    """A chain of linear maps and activations of slope 1 at most, with the norms of the maps bounded by c each.
+class LipschitzNet(nn.Module, ABC):
+    """A chain of linear maps and activations of slope 1 at most, with the norms of the maps bounded by c each. Abstract.
 
     Lip(g) <= c^(number of maps) = `lipschitz` in the Euclidean norm, for any parameter values: each weight W is used as
-    W min(1, c / ‖W‖). Weights within the bound are used as they are; beyond it only their direction matters. The
-    gradient has a kink where ‖W‖ = c, as that of a ReLU has at 0, and stays finite with tied singular values and at
-    W = 0. Nothing is stored between passes: the norm is that of the present weight, whatever has changed it.
+    W min(1, c / ‖W‖). The gradient has a kink where ‖W‖ = c, and stays finite with tied singular values and at W = 0.
+    Nothing is stored between passes: the norm is that of the present weight. A context `(*, C)` shifts the first layer's
+    units, linearly and without a bound. The last layer starts at zero.
 
-    `forward(x)` or `forward(x, context)` is g(x); `bind(context)` gives g as a function of x with its Jacobian
-    products. A context `(*, C)` shifts the first layer's units, linearly and without a bound. The last layer starts at
-    zero. Raises `ValueError` unless 0 < lipschitz < 1, or where a context is missing, superfluous or of another size.
+    Raises:
+        ValueError: unless 0 < lipschitz < 1, or if a context is missing, superfluous or of another size.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class LipschitzNet(nn.Module):
         return self.bind(context)(x)
 
     def bind(self, context: Tensor | None = None) -> BoundLipschitz:
-        """The network at a context, as a function of x."""
+        """Returns the network at a context as a function of x, with its Jacobian products."""
         check_context(context, self.context_dim)
         c = self.lipschitz ** (1 / len(self.layers))
         layers, biases = [], []
@@ -137,13 +142,13 @@ class LipschitzNet(nn.Module):
             biases[0] = biases[0] + self._per_unit(self.context_layer(context))  # type: ignore[misc]
         return BoundLipschitz(layers, biases, list(self.activations))  # type: ignore[arg-type]
 
+    @abstractmethod
     def _norm(self, weight: Tensor) -> Tensor:
         """The operator norm of a layer, or an upper bound."""
-        raise TypeError(f"{type(self).__name__} must define _norm(weight)")
 
+    @abstractmethod
     def _linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """The linear map of a weight, on any number of batch dimensions."""
-        raise TypeError(f"{type(self).__name__} must define _linear(weight)")
 
     def _per_unit(self, values: Tensor) -> Tensor:
         """One number a unit `(*, H)` in the shape that broadcasts against the layer's output."""
@@ -153,9 +158,18 @@ class LipschitzNet(nn.Module):
 class LipschitzMLP(LipschitzNet):
     """A multilayer perceptron `(*, D) -> (*, D)` of Lipschitz constant <= `lipschitz`: see `LipschitzNet`.
 
-    `hidden_dims=None` means two layers of max(64, 2D). Norms are exact: a singular value decomposition a layer and call
-    of `bind`, O(min(m, n)² max(m, n)) for a weight m x n. `activation` makes modules with `forward` and
-    `value_and_slope`, of slopes in [-1, 1].
+    Norms are exact: a singular value decomposition a layer and call of `bind`, O(min(m, n)² max(m, n)) for a weight m x n.
+
+    Args:
+        dim: D.
+        hidden_dims: widths of the hidden layers; two of max(64, 2D) by default.
+        lipschitz: the bound, in (0, 1).
+        activation: makes modules with `forward` and `value_and_slope`, of slopes in [-1, 1].
+        context_dim: size of a context: `forward(x, context)`.
+
+    Example:
+        >>> LipschitzMLP(3, (8,))(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(
@@ -182,11 +196,25 @@ class LipschitzMLP(LipschitzNet):
 class LipschitzConvNet(LipschitzNet):
     """A convolutional network `(*, C, H, W) -> (*, C, H, W)` of Lipschitz constant <= `lipschitz`: see `LipschitzNet`.
 
-    Stride 1, zero padding. `hidden_channels=None` means two layers of 64; `kernel_sizes=None` means 3 for the first and
-    the last layer and 1 between, as in residual flows on images (Behrmann et al. 2019): these two have C channels on
-    one side, where the bound on their norms is cheap at any width. It is a bound from above, loose on a few pixels
-    and tight on many (`ops.conv_norm_bound`): H W / 2 products of 2C x 2C matrices a layer and call of `bind`; norms of 1 x 1
+    Stride 1, zero padding. The bound on the norms comes from above, loose on a few pixels and tight on many
+    (`ops.conv_norm_bound`): H W / 2 products of 2C x 2C matrices a layer and call of `bind`; norms of 1 x 1
     convolutions are exact.
+
+    Args:
+        channels: C.
+        hidden_channels: widths of the hidden layers; `(64, 64)` by default.
+        image_size: (H, W).
+        lipschitz: the bound, in (0, 1).
+        kernel_sizes: odd sizes, one a layer; by default 3 for the first and the last and 1 between, as in Behrmann et al.
+            2019: these two have C channels on one side, where the bound is cheap at any width.
+        activation, context_dim: as in `LipschitzMLP`.
+
+    Raises:
+        ValueError: for even or too many kernel sizes.
+
+    Example:
+        >>> LipschitzConvNet(1, (4,), (6, 6))(torch.zeros(5, 1, 6, 6)).shape
+        torch.Size([5, 1, 6, 6])
     """
 
     def __init__(

@@ -14,18 +14,29 @@ from .mlp import check_context
 class MADE(nn.Module):
     """θ_i = net_i(x_j for all j before i; c): maps x `(*, D)` to parameters `(*, P, D)`, all zero before training.
 
-    `order[k]` is the variable that comes k-th; None is 0, 1, ..., D - 1. Every hidden unit sees the first m variables
-    for some m, its degree; the degrees of a layer are spread evenly from 1 (0 with a context) to D - 1, so that a
-    layer narrower than D leaves some dependences out. `hidden_dims=None` means two layers of max(64, 2D). With
-    `residual=True` a hidden layer as wide as the one before it is added to it. With `context_dim`, all units see a
-    context `(*, C)` too, broadcast against x; `forward(x, context)`.
+    Every hidden unit reads the first m variables for some m, its degree; the degrees of a layer are spread evenly from 1
+    (0 with a context) to D - 1, so that a layer narrower than D leaves some dependences out. For D = 1 the parameters do
+    not depend on x. Masks are buffers, so that a `state_dict` holds the order. Cost: one pass of a perceptron.
 
-    For D = 1 the parameters do not depend on x. Masks are buffers, so that a `state_dict` carries the order along.
-    Cost: one pass of a multilayer perceptron. Raises `ValueError` when `order` is no permutation, or where a context is
-    missing, superfluous or of another size.
+    Args:
+        input_dim: D.
+        num_params: P.
+        hidden_dims: widths of the hidden layers; two of max(64, 2D) by default.
+        order: `order[k]` is the variable that comes k-th; 0, 1, ..., D - 1 by default.
+        context_dim: size of a context `(*, C)` that all units read, broadcast against x: `forward(x, context)`.
+        activation: makes the activation.
+        residual: whether a hidden layer as wide as the one before it is added to it.
 
-    Source: Germain, Gregor, Murray & Larochelle 2015, MADE: Masked Autoencoder for Distribution Estimation; residual
-    connections as in Nash & Durkan 2019, Autoregressive Energy Machines.
+    Raises:
+        ValueError: if `order` is not a permutation, or a context is missing, superfluous or of another size.
+
+    Example:
+        >>> MADE(3, 2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2, 3])
+
+    References:
+        Germain, Gregor, Murray & Larochelle 2015, MADE: Masked Autoencoder for Distribution Estimation; residual
+        connections as in Nash & Durkan 2019, Autoregressive Energy Machines.
     """
 
     order: Tensor
@@ -74,7 +85,7 @@ class MADE(nn.Module):
         return self.bind(context)(x)
 
     def bind(self, context: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """The network at a context, as a function of x: masks and context are worked in once, for many calls."""
+        """Returns the network at a context as a function of x; masks and context are applied once, for many calls."""
         check_context(context, self.context_dim)
         (first, shift), *rest = self._masked()
         if context is not None:

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron `(*, in_dim) -> (*, out_dim)`; no hidden layers makes it a linear map.
+    """A multilayer perceptron `(*, in_dim) -> (*, out_dim)`, with an optional context: `forward(x, context)`.
 
-    With `context_dim`, `forward(x, context)` takes a context `(*, context_dim)` beside x, broadcast against it.
-    `zero_last=True` starts the last layer at zero, so that whatever the output parametrises starts at its own
-    initial value.
+    Args:
+        in_dim, out_dim: sizes of the input and the output.
+        hidden_dims: widths of the hidden layers; `()` for a linear map.
+        activation: makes the activations.
+        context_dim: size of a context `(*, context_dim)` that is joined to x, broadcast against it.
+        zero_last: whether the last layer starts at zero, and with it the parameters that the output stands for.
+
+    Example:
+        >>> MLP(3, 2, context_dim=1)(torch.zeros(5, 3), torch.zeros(1)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(
@@ -43,7 +50,12 @@ class MLP(nn.Sequential):
 
 
 class ResidualMLP(MLP):
-    """An `MLP` in which a hidden layer as wide as the one before it is added to it: h + act(linear(h))."""
+    """An `MLP` in which a hidden layer as wide as the one before it is added to it: h + act(linear(h)).
+
+    Example:
+        >>> ResidualMLP(3, 2, (8, 8, 8))(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
         h = x if context is None else join_context(x, context)

@@ -18,23 +18,32 @@ TOLERANCE = 16
 
 
 def triangular_fixed_point(step: Step, start: Tensor, max_sweeps: int) -> tuple[Tensor, Tensor]:
-    """The x with g(x) = x, where g(x)_i depends only on the x_j before i in some order, and what else g gives there.
+    """Returns the x with g(x) = x, for g(x)_i that depends only on the x_j before i in some order, and aux there.
 
-    `step` maps x `(*, D)` to `(g(x), aux)` and closes over parameters; `aux` has any shape, and does not depend on the
-    last variable either. The sweeps x <- g(x) leave the first k variables exact after k of them, whatever `start` is,
-    so that `max_sweeps` = D is always enough; they end when nothing changes any more, which happens much earlier where
-    the variables depend on each other weakly. `start` may have fewer batch dimensions than g(x).
+    The sweeps x <- g(x) leave the first k variables exact after k of them, so that D sweeps are always enough; they end
+    when nothing changes, which is much earlier where the variables depend on each other weakly. With A = ∂g/∂x and
+    B = ∂aux/∂x, cotangents v of x and u of aux reach g as w = v + Aᵀw + Bᵀu, a triangular fixed point again: one step
+    keeps its graph, and the backward pass takes at most D products with it. Cost: 2 to `max_sweeps` steps, and one more
+    with a graph. Where Python may not look at values (see `may_branch_on`), all `max_sweeps` steps have a graph, and
+    derivatives of any order exist.
 
-    x and aux are differentiable in all that `step` closes over. With A = ∂g/∂x and B = ∂aux/∂x, cotangents v of x and
-    u of aux reach g as w = v + Aᵀw + Bᵀu, a strictly triangular fixed point again. So only one step keeps its graph,
-    however many there were; the backward pass takes at most D products with it. That pass has no derivative itself,
-    and raises `RuntimeError` under `create_graph=True`. Where Python may not look at values (see `may_branch_on`), all
-    `max_sweeps` steps are taken in view of autograd, and derivatives of any order exist: take second ones with
-    `torch.func`.
+    Args:
+        step: x `(*, D)` -> `(g(x), aux)`, closing over parameters; aux has any shape, and does not depend on the last
+            variable either.
+        start: any values, `(*, D)`; it may have fewer batch dimensions than g(x).
+        max_sweeps: D.
 
-    Cost: 2 to `max_sweeps` steps, and one more with a graph. A row that is not finite holds up no other.
+    Returns:
+        x and aux, differentiable in all that `step` closes over. The gradient has no derivative: take second ones with
+        `torch.func`.
 
-    Source: Song, Meng, Liao & Ermon 2021, Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving.
+    Example:
+        >>> step = lambda x: (torch.stack([torch.ones(()), 1 + x[0] / 2]), x[0])
+        >>> triangular_fixed_point(step, torch.zeros(2), 2)
+        (tensor([1.0000, 1.5000]), tensor(1.))
+
+    References:
+        Song, Meng, Liao & Ermon 2021, Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving.
     """
     x, aux = step(start)
     if max_sweeps == 1:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 
 def matvec(A: Tensor, x: Tensor) -> Tensor:
-    """A x for `A: (*, M, N)` and `x: (*, N)` -> `(*, M)`; one matrix product when A is not batched, one for each A else."""
+    """Returns A x, `(*, M)`: one matrix product if A is not batched, one for each A otherwise.
+
+    Args:
+        A: `(*, M, N)`.
+        x: `(*, N)`, broadcast against A.
+
+    Example:
+        >>> matvec(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.ones(2))
+        tensor([3., 1.])
+    """
     if A.dim() == 2:
         return x @ A.mT
     return _by_columns(lambda columns: A @ columns, A, x)
@@ -25,10 +34,18 @@ def _by_columns(product: Callable[[Tensor], Tensor], A: Tensor, x: Tensor) -> Te
 
 
 def orthonormal_columns(A: Tensor) -> Tensor:
-    """Q of A = QR with a positive diagonal in R: Gram-Schmidt on the columns of `A: (*, D, M)`, M <= D.
+    """Returns Q of A = QR with a positive diagonal in R: Gram-Schmidt on the columns of A.
 
-    LAPACK leaves the signs of R's diagonal free, and they jump when an entry of A changes sign; fixing them makes Q a
+    LAPACK leaves the signs of R's diagonal free, and they jump when an entry of A changes sign. Fixing them makes Q a
     continuous function of A, so that an optimizer step never flips a column. Exact to machine precision; O(D M²).
+
+    Args:
+        A: `(*, D, M)`, M <= D.
+
+    Example:
+        >>> Q = orthonormal_columns(torch.randn(4, 2))
+        >>> torch.allclose(Q.mT @ Q, torch.eye(2), atol=1e-5)
+        True
     """
     Q, R = torch.linalg.qr(A)
     diagonal = R.diagonal(dim1=-2, dim2=-1)
@@ -36,11 +53,24 @@ def orthonormal_columns(A: Tensor) -> Tensor:
 
 
 def turned_columns(Q: Tensor, V: Tensor) -> Tensor:
-    """(I - A/2)⁻¹ (I + A/2) Q with A = V Qᵀ - Q Vᵀ: Q turned towards Q + V, orthonormal for any V.
+    """Returns (I - A/2)⁻¹ (I + A/2) Q with A = V Qᵀ - Q Vᵀ: Q turned towards Q + V.
 
-    `Q: (*, D, M)` has orthonormal columns, `V: (*, D, M)`. A is antisymmetric, so that I - A/2 is never singular, and the
-    result and its derivatives in V are bounded. To first order it is Q + (V - Q Vᵀ Q). O(D³).
-    Source: the Cayley transform of Wen & Yin 2013, A feasible method for optimization with orthogonality constraints.
+    A is antisymmetric, so that I - A/2 is never singular, and the result and its derivatives in V are bounded. To first
+    order it is Q + (V - Q Vᵀ Q). O(D³).
+
+    Args:
+        Q: `(*, D, M)`, with orthonormal columns.
+        V: `(*, D, M)`, any values.
+
+    Returns:
+        `(*, D, M)`, with orthonormal columns.
+
+    Example:
+        >>> turned_columns(torch.eye(3)[:, :2], torch.zeros(3, 2)).shape
+        torch.Size([3, 2])
+
+    References:
+        Wen & Yin 2013, A feasible method for optimization with orthogonality constraints (the Cayley transform).
     """
     half = (V @ Q.mT) / 2
     half = half - half.mT
@@ -49,12 +79,25 @@ def turned_columns(Q: Tensor, V: Tensor) -> Tensor:
 
 
 def householder_columns(V: Tensor, num_columns: int | None = None) -> Tensor:
-    """The first columns of the product of reflections H_1 ... H_K, H_i = I - 2 v_i v_iᵀ / ‖v_i‖².
+    """Returns the first columns of the product of reflections H_1 ... H_K, H_i = I - 2 v_i v_iᵀ / ‖v_i‖².
 
-    `V: (*, K, D)` holds one reflection vector a row; the result is `(*, D, num_columns)`, all D columns by default,
-    and orthonormal for any V: a vector of zeros reflects nothing. The product is taken in one piece as
-    I - Uᵀ T U with T⁻¹ = triu(U Uᵀ, 1) + I / 2 and U the normalised rows (the UT transform, Joffrain et al. 2006,
-    Accumulating Householder transformations, revisited), not as K products in turn. O(K² D + K D num_columns).
+    The product is taken in one piece as I - Uᵀ T U with T⁻¹ = triu(U Uᵀ, 1) + I / 2 and U the normalised rows (the UT
+    transform), not as K products in turn. O(K² D + K D num_columns).
+
+    Args:
+        V: `(*, K, D)`, one reflection vector a row; a vector of zeros reflects nothing.
+        num_columns: number of columns; D by default.
+
+    Returns:
+        `(*, D, num_columns)`, orthonormal for any V.
+
+    Example:
+        >>> householder_columns(torch.tensor([[1.0, 0.0]]))
+        tensor([[-1.,  0.],
+                [ 0.,  1.]])
+
+    References:
+        Joffrain et al. 2006, Accumulating Householder transformations, revisited.
     """
     K, D = V.shape[-2:]
     num_columns = D if num_columns is None else num_columns
@@ -70,11 +113,17 @@ def householder_columns(V: Tensor, num_columns: int | None = None) -> Tensor:
 
 
 def reflect(V: Tensor, x: Tensor, *, transpose: bool = False) -> Tensor:
-    """Q x, or Qᵀ x, for Q = H_1 ... H_K with the reflection vectors in the rows of `V: (*, K, D)` and `x: (*, D)`.
+    """Returns Q x, or Qᵀ x, for the product Q = H_1 ... H_K of reflections; neither Q nor its factors are formed.
 
-    Q = I - Vᵀ T V, where T⁻¹ has the upper triangle of V Vᵀ, with half its diagonal (the UT transform, Joffrain et al.
-    2006, Accumulating Householder transformations, revisited); neither Q nor T is formed. `householder_columns`
-    is for whom Q itself is wanted.
+    Q = I - Vᵀ T V, where T⁻¹ has the upper triangle of V Vᵀ, with half its diagonal. `householder_columns` returns Q.
+
+    Args:
+        V: `(*, K, D)`, one reflection vector a row.
+        x: `(*, D)`, broadcast against V.
+        transpose: whether to apply Qᵀ.
+
+    References:
+        Joffrain et al. 2006, Accumulating Householder transformations, revisited.
     """
     square = (V * V).sum(-1)
     # The row of a zero vector is zero in V and V Vᵀ alike, and any number but zero on the diagonal lets it reflect nothing.

@@ -44,12 +44,20 @@ def may_branch_on(x: Tensor) -> bool:
 def monotone_root(
     f: ValueAndSlope, lower: Tensor, upper: Tensor, *, start: Tensor | None = None
 ) -> Tensor:
-    """The root x of an increasing scalar function, elementwise: f(x) = 0 with lower <= x <= upper.
+    """Returns the root x of an increasing scalar function, elementwise: f(x) = 0 with lower <= x <= upper.
 
-    `f` maps `(*)` to `(value, slope)`, each `(*)`; it closes over its parameters, and the root is differentiable in
-    them to third order. `start` defaults to the middle of the bracket. Newton steps that leave the bracket, or that
-    do not halve the residual, are replaced by bisection, so that convergence needs monotonicity alone.
-    Cost: 3 to 10 evaluations of `f` as a rule, plus two with a graph.
+    Newton steps that leave the bracket, or that do not halve the residual, are replaced by bisection, so that
+    convergence needs monotonicity alone. Cost: 3 to 10 evaluations of `f` as a rule, plus two with a graph.
+
+    Args:
+        f: x `(*)` -> value and slope, `(*)` each. It closes over its parameters, and the root is differentiable in them
+            to third order.
+        lower, upper: the bracket, `(*)`.
+        start: the first iterate; the middle of the bracket by default.
+
+    Example:
+        >>> monotone_root(lambda x: (x**3 - 8, 3 * x**2), torch.zeros(()), torch.tensor(9.0))
+        tensor(2.)
     """
     with torch.no_grad():
         x = bracketed_newton(f, lower, upper, (lower + upper) / 2 if start is None else start)
@@ -57,10 +65,18 @@ def monotone_root(
 
 
 def increasing_root(f: ValueAndSlope, start: Tensor) -> Tensor:
-    """The root of an increasing function of the whole real line, elementwise, from a bracket around `start` `(*)`.
+    """Returns the root of an increasing function of the whole real line, elementwise.
 
-    As `monotone_root`, with a bracket that doubles until the sign changes. Where Python may not look at values (see
-    `may_branch_on`), it reaches 2¹² to either side of `start`.
+    As `monotone_root`, with a bracket around `start` that doubles until the sign changes. Where Python may not look at
+    values (see `may_branch_on`), the bracket reaches 2¹² to either side.
+
+    Args:
+        f: x `(*)` -> value and slope, `(*)` each.
+        start: the first iterate, `(*)`.
+
+    Example:
+        >>> increasing_root(lambda x: (x**3 + x - 1010, 3 * x**2 + 1), torch.zeros(()))
+        tensor(10.)
     """
     with torch.no_grad():
         lower, upper = _expand_bracket(f, start)
@@ -121,18 +137,37 @@ def bracketed_newton(
 
 
 def tanh_root(k: Tensor, q: Tensor) -> Tensor:
-    """The root p of p + k tanh(p) = q, elementwise, for k > -1: one root, since the slope is at least min(1, 1 + k).
+    """Returns the root p of p + k tanh(p) = q, elementwise: the inverse of a planar layer (k = wᵀû, q = wᵀy + b).
 
-    Shapes `(*)` and `(*)`, broadcast. This is the inverse of every planar layer (k = wᵀû, q = wᵀy + b).
+    The root is unique, since the slope is at least min(1, 1 + k).
+
+    Args:
+        k: `(*)`, above -1.
+        q: `(*)`, broadcast against k.
+
+    Example:
+        >>> tanh_root(torch.tensor(0.0), torch.tensor(1.5))
+        tensor(1.5000)
     """
     return newton_polish(_tanh_equation(k, q), _tanh_root(k, q))
 
 
 def triangular_tanh_root(K: Tensor, q: Tensor) -> Tensor:
-    """The root p of p + K tanh(p) = q for upper-triangular K with K_ii > -1, by back-substitution.
+    """Returns the root p of p + K tanh(p) = q for upper-triangular K, by back-substitution.
 
-    Shapes `(*, M, M)` and `(*, M)`, broadcast. This inverts a Sylvester layer in its M hidden units (K = R̃R,
-    q = R̃Qᵀy + b). Cost: M scalar roots one after the other, then two triangular solves.
+    This inverts a Sylvester layer in its M hidden units (K = R̃R, q = R̃Qᵀy + b). Cost: M scalar roots one after the
+    other, then two triangular solves.
+
+    Args:
+        K: `(*, M, M)`, upper triangular with K_ii > -1.
+        q: `(*, M)`, broadcast against K.
+
+    Returns:
+        `(*, M)`, differentiable to third order.
+
+    Example:
+        >>> triangular_tanh_root(torch.zeros(2, 2), torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
     """
     with torch.no_grad():
         diagonal = K.diagonal(dim1=-2, dim2=-1)

@@ -14,14 +14,22 @@ ROUNDS, SQUARINGS = 3, 3
 
 
 def spectral_norm_bound(A: Tensor) -> Tensor:
-    """An upper bound on ‖A‖₂, too large by a factor of n^(1/2048) at most: `A: (*, m, k)` -> `(*)`, n = min(m, k).
+    """Returns an upper bound on ‖A‖₂, `(*)`, too large by a factor of n^(1/2048) at most, n = min(m, k).
 
     The Schatten norm (Σ σᵢᵖ)^(1/p) with p = 1024, from repeated squaring of the Gram matrix: matrix products only,
     exactly differentiable with tied singular values and at A = 0 (gradient 0), where singular vectors are not unique.
     Cost: 10 products of n x n matrices.
 
-    Source: Delattre, Barthélemy, Araujo & Allauzen 2023, Efficient Bound of Lipschitz Constant for Convolutional
-    Layers by Gram Iteration.
+    Args:
+        A: `(*, m, k)`.
+
+    Example:
+        >>> round(spectral_norm_bound(torch.diag(torch.tensor([3.0, 1.0]))).item(), 2)
+        3.0
+
+    References:
+        Delattre, Barthélemy, Araujo & Allauzen 2023, Efficient Bound of Lipschitz Constant for Convolutional Layers by
+        Gram Iteration.
     """
     G = A.mT @ A if A.shape[-1] <= A.shape[-2] else A @ A.mT
     tiny = torch.finfo(A.dtype).tiny
@@ -41,15 +49,25 @@ def spectral_norm_bound(A: Tensor) -> Tensor:
 
 
 def conv_norm_bound(weight: Tensor, image_size: Sequence[int]) -> Tensor:
-    """An upper bound on the operator norm of a 2-D convolution: weight `(C_out, C_in, h, w)` -> `()`.
+    """Returns an upper bound on the operator norm of a 2-D convolution, `()`, loose on a few pixels and tight on many.
 
-    The convolution has stride 1, odd kernel sizes and zeros for padding ("same"), on images of size (H, W). It is a part
-    of the circular convolution on (H + h // 2, W + w // 2), where its kernel does not reach round, and that one is
-    a matrix C_out x C_in at each frequency. The bound is the largest of their spectral norms (see
-    `spectral_norm_bound`). What it exceeds the norm by is the margin's share: little, beyond a few pixels.
-    Cost: 10 products of n x n matrices a frequency, n = 2 min(C_out, C_in); half of the frequencies are looked at.
+    The convolution is a part of the circular one on (H + h // 2, W + w // 2), which is a matrix C_out x C_in at each
+    frequency; the bound is the largest of their spectral norms. Cost: 10 products of n x n matrices for half of the
+    frequencies, n = 2 min(C_out, C_in).
 
-    Source: Sedghi, Gupta & Long 2019, The Singular Values of Convolutional Layers.
+    Args:
+        weight: `(C_out, C_in, h, w)`, of a convolution with stride 1 and zero padding ("same"); h and w odd.
+        image_size: (H, W).
+
+    Raises:
+        ValueError: for an even kernel size.
+
+    Example:
+        >>> round(conv_norm_bound(2 * torch.ones(1, 1, 1, 1), (4, 4)).item(), 2)
+        2.0
+
+    References:
+        Sedghi, Gupta & Long 2019, The Singular Values of Convolutional Layers.
     """
     kernel = weight.shape[-2:]
     if any(k % 2 == 0 for k in kernel):

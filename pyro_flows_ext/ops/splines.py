@@ -25,15 +25,29 @@ def rq_spline(
 ) -> tuple[Tensor, Tensor]:
     """y = g(x; raw) elementwise, g a monotone rational-quadratic spline on [-bound, bound] and the identity outside.
 
-    Shapes: x `(*)`, raw `(*, 3K - 1)`, broadcast -> y `(*)`, ladj `(*)` = log g'(x), exact, elementwise. `inverse=True`
-    gives g⁻¹(x) and log (g⁻¹)'(x), in closed form too. g has K bins; raw holds K widths and K heights (halved, before a
-    softmax) and the slopes of the K - 1 inner knots (before a softplus). The slopes at ±bound are 1, so that g is
-    continuously differentiable everywhere, and raw = 0 is the identity. Any real raw gives an increasing g.
-    Cost: O(K) time and memory an element, the same in both directions; a raw that is a transposed view of
-    `(*, 3K - 1, D)` saves copying it to the order in which it is read.
-    Raises `ValueError` when the last dimension of raw is not 3K - 1 for some 1 <= K < 1000, or bound is not positive.
+    g has K bins; raw holds K widths and K heights (halved, before a softmax) and the slopes of the K - 1 inner knots
+    (before a softplus). The slopes at ±bound are 1, so that g is continuously differentiable everywhere; raw = 0 is the
+    identity, and any real raw gives an increasing g. Cost: O(K) time and memory an element, the same in both
+    directions. A raw that is a transposed view of `(*, 3K - 1, D)` spares a copy.
 
-    Source: Durkan et al. 2019, section 3.1, with the terms arranged into sums of positive ones: see `_forward`, `_inverse`.
+    Args:
+        x: `(*)`.
+        raw: `(*, 3K - 1)`, broadcast against x.
+        bound: half the width of the box.
+        inverse: whether to apply g⁻¹, in closed form too.
+
+    Returns:
+        y `(*)` and log g'(x) `(*)`, or g⁻¹(x) and log (g⁻¹)'(x), exact.
+
+    Raises:
+        ValueError: unless the last dimension of raw is 3K - 1 with 1 <= K < 1000, and bound is positive.
+
+    Example:
+        >>> rq_spline(torch.tensor([0.5, 9.0]), torch.zeros(11), bound=3.0)
+        (tensor([0.5000, 9.0000]), tensor([0., 0.]))
+
+    References:
+        Durkan et al. 2019, Neural Spline Flows, section 3.1, with the terms arranged into sums of positive ones.
     """
     num_bins = _check(raw, bound)
     x = x.expand(torch.broadcast_shapes(x.shape, raw.shape[:-1]))

@@ -19,17 +19,36 @@ QUANTILE_CHUNK = 10_000_000
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """1 / Σ w̄² with w̄ the weights normalised to sum to one: `(*, S)` -> `(*)`, in [1, S], float64.
+    """Returns 1 / Σ w̄² with w̄ the weights normalised to sum to one: the size of an equally weighted sample.
 
-    The size of an equally weighted sample whose mean would vary as much (Kong 1992, A note on importance sampling
-    using standardized weights). NaN where a weight is NaN or +inf, or where all are zero.
+    Args:
+        log_weights: `(*, S)`, in nats.
+
+    Returns:
+        `(*)`, in [1, S], float64; NaN where a weight is NaN or +inf, or where all are zero.
+
+    Example:
+        >>> effective_sample_size(torch.zeros(8)).item()
+        8.0
+
+    References:
+        Kong 1992, A note on importance sampling using standardized weights.
     """
     log_weights = log_weights.double()
     return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
 
 
 def quantiles(draws: Tensor, q: Sequence[float] | Tensor) -> Tensor:
-    """Quantiles q `(Q)` of each number over its draws, elementwise: `(S, *shape)` -> `(Q, *shape)`, for any shape."""
+    """Returns the quantiles of each number over its draws, elementwise: `(Q, *shape)`, for any shape.
+
+    Args:
+        draws: `(S, *shape)`.
+        q: the levels, `(Q)`.
+
+    Example:
+        >>> quantiles(torch.arange(5.0).unsqueeze(-1), [0.5])
+        tensor([[2.]])
+    """
     q = torch.as_tensor(q).to(draws)
     columns = draws.reshape(len(draws), -1)
     parts = columns.split(max(1, QUANTILE_CHUNK // len(draws)), 1)
@@ -37,23 +56,31 @@ def quantiles(draws: Tensor, q: Sequence[float] | Tensor) -> Tensor:
 
 
 def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """PSIS: the largest min(S / 5, 3 √S) weights replaced by quantiles of a generalised Pareto fitted to them.
+    """Replaces the largest min(S / 5, 3 √S) importance weights by quantiles of a generalised Pareto fitted to them (PSIS).
 
-    `log_weights` `(S)` need no normalisation, and get none: `(S)`, in their dtype, none above the largest raw one.
-    With them comes k-hat, the estimated shape of the tail: a 0-dim float64 tensor. The weights have 1 / k finite
-    moments; their mean is a usable estimate while k-hat < min(1 - 1 / log10(S), 0.7).
+    The weights have 1 / k finite moments; their mean is a usable estimate while k-hat < min(1 - 1 / log10(S), 0.7).
+    Where no tail can be fitted, the weights are returned unchanged, and k-hat is -inf for weights that are constant up to
+    rounding, or whose tail is one value; +inf with fewer than five draws in the tail, so always for S <= 20; NaN where
+    a weight is NaN or +inf, or all are zero. Weights of zero (-inf) count as draws. Arithmetic is in float64; O(S log S).
 
-    Where no tail can be fitted, the weights come back as they went in, and k-hat is
-        -inf  for weights that are constant up to rounding, or whose whole tail is one value: a bounded tail
-              (ArviZ 0.x answers +inf, as for too few draws, and 1.x raises);
-        +inf  with fewer than five draws in the tail, so always for S <= 20: unknown, hence not to be trusted;
-        NaN   where a weight is NaN or +inf, or all are zero.
-    Weights of zero (-inf) count as draws. Arithmetic is in float64; O(S log S). Raises `ValueError` unless
-    `log_weights` is a non-empty vector.
+    Args:
+        log_weights: `(S)`, in nats, not normalised.
 
-    Source: Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, with the fit of
-    Zhang & Stephens 2009, A new and efficient estimation method for the generalized Pareto distribution, and the
-    former's weak prior: k is shrunk towards 1/2 with the weight of ten tail draws.
+    Returns:
+        The smoothed log-weights `(S)`, in their dtype, none above the largest raw one, and k-hat, the estimated shape of
+        the tail, a 0-dim float64 tensor.
+
+    Raises:
+        ValueError: unless `log_weights` is a non-empty vector.
+
+    Example:
+        >>> _, k_hat = pareto_smooth(torch.zeros(100))
+        >>> k_hat.item()
+        -inf
+
+    References:
+        Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, with its weak prior on k; Zhang &
+        Stephens 2009, A new and efficient estimation method for the generalized Pareto distribution.
     """
     if log_weights.dim() != 1 or log_weights.numel() == 0:
         raise ValueError(

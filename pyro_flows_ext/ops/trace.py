@@ -13,7 +13,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Linearizable(Protocol):
-    """A map g of events: `g(x)`, and `g.linearize(x)`, which gives the products with its Jacobian at x too."""
+    """A map g of events: `g(x)`, and `g.linearize(x)`, which returns g(x) and the products with its Jacobian at x."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -21,7 +21,13 @@ class Linearizable(Protocol):
 
 
 class Opaque:
-    """Any function of events as a `Linearizable`: its products by forward-mode differentiation, one pass of g each."""
+    """Any function of events as a `Linearizable`, with products by forward-mode differentiation, one pass of g each.
+
+    Example:
+        >>> value, product = Opaque(lambda x: 2 * x).linearize(torch.ones(3))
+        >>> product(torch.ones(1, 3))
+        tensor([[2., 2., 2.]])
+    """
 
     def __init__(self, g: Callable[[Tensor], Tensor]):
         self.g = g
@@ -40,7 +46,13 @@ class Opaque:
 
 
 def dense_jacobian(product: Product, x: Tensor, event_dim: int = 1) -> Tensor:
-    """J as a matrix at x `(*, event)`: `(*, D, D)`, from D products, taken at once."""
+    """Returns the Jacobian J as a matrix, `(*, D, D)`, from D products, taken at once.
+
+    Args:
+        product: V -> J V, as `Linearizable.linearize` returns it.
+        x: the point, `(*, event)`.
+        event_dim: number of event dimensions.
+    """
     event, batch = x.shape[x.dim() - event_dim :], x.shape[: x.dim() - event_dim]
     D = event.numel()
     eye = torch.eye(D, dtype=x.dtype, device=x.device).reshape(D, *[1] * len(batch), *event)
@@ -49,9 +61,18 @@ def dense_jacobian(product: Product, x: Tensor, event_dim: int = 1) -> Tensor:
 
 
 def exact_log_det(product: Product, x: Tensor, event_dim: int = 1) -> Tensor:
-    """log det(I + J) at x `(*, event)`: `(*)`, for ‖J‖ < 1, hence a positive determinant.
+    """Returns log det(I + J), `(*)`, for ‖J‖ < 1, hence a positive determinant.
 
     Cost: D products, taken at once, and an LU decomposition: O(D³) time and D times the memory of one product.
+
+    Args:
+        product: V -> J V, as `Linearizable.linearize` returns it.
+        x: the point, `(*, event)`.
+        event_dim: number of event dimensions.
+
+    Example:
+        >>> round(exact_log_det(lambda V: 0.5 * V, torch.zeros(2)).exp().item(), 4)
+        2.25
     """
     J = dense_jacobian(product, x, event_dim)
     eye = torch.eye(J.shape[-1], dtype=x.dtype, device=x.device)
@@ -61,11 +82,16 @@ def exact_log_det(product: Product, x: Tensor, event_dim: int = 1) -> Tensor:
 def log_det_series(
     product: Product, v: Tensor, weights: Sequence[float], event_dim: int = 1
 ) -> Tensor:
-    """Σ_k (-1)^(k+1) w_k vᵀ Jᵏ v / k, the mean over probes v `(S, *, event)`: `(*)`.
+    """Returns Σ_k (-1)^(k+1) w_k vᵀ Jᵏ v / k, the mean over probes, `(*)`: an estimate of log det(I + J).
 
-    Unbiased for log det(I + J) = Σ_k (-1)^(k+1) tr(Jᵏ) / k where E vvᵀ = I (Hutchinson 1990) and w_k is the inverse of
-    the probability that the k-th term is taken (Russian roulette). Differentiable to any order; all terms keep their
-    graphs.
+    Unbiased for log det(I + J) = Σ_k (-1)^(k+1) tr(Jᵏ) / k if E vvᵀ = I (Hutchinson 1990) and w_k is the inverse of the
+    probability that the k-th term is taken (Russian roulette). Differentiable to any order; all terms keep their graphs.
+
+    Args:
+        product: V -> J V, as `Linearizable.linearize` returns it.
+        v: probes, `(S, *, event)`.
+        weights: w_1, w_2, ...: see `roulette_weights`.
+        event_dim: number of event dimensions.
     """
     return _value(_powers(product, v, len(weights)), weights, event_dim)
 
@@ -73,14 +99,17 @@ def log_det_series(
 def neumann_log_det(
     product: Product, v: Tensor, weights: Sequence[float], event_dim: int = 1
 ) -> Tensor:
-    """`log_det_series` by value, with an unbiased gradient that needs the graph of one product only.
+    """Returns the value of `log_det_series`, with an unbiased gradient that needs the graph of one product only.
 
     The gradient is that of tr((I + J)⁻¹ dJ) = Σ_k (-1)ᵏ tr(dJ Jᵏ), k >= 0, estimated with the same probes and weights:
-    u = Σ_k (-1)ᵏ w_(k+1) Jᵏ v without a graph, then vᵀ dJ u. It is not the gradient of the value for one
-    v, only in the mean, and has no derivative of its own: second ones need `log_det_series`.
+    u = Σ_k (-1)ᵏ w_(k+1) Jᵏ v without a graph, then vᵀ dJ u. It equals the gradient of the value in the mean, not for
+    one v, and has no derivative: second ones need `log_det_series`.
 
-    Source: Chen, Behrmann, Duvenaud & Jacobsen 2019, Residual Flows for Invertible Generative Modeling, section 3.2
-    (the Neumann series and the gradient taken in the forward pass).
+    Args:
+        product, v, weights, event_dim: as in `log_det_series`.
+
+    References:
+        Chen, Behrmann, Duvenaud & Jacobsen 2019, Residual Flows for Invertible Generative Modeling, section 3.2.
     """
     with torch.no_grad():
         powers = _powers(product, v, len(weights))
@@ -96,7 +125,20 @@ def neumann_log_det(
 def roulette_weights(
     num_terms: int, num_exact_terms: int, continue_prob: float
 ) -> tuple[float, ...]:
-    """1 for the leading terms, and p⁻ᵏ for the k-th one after them, which is reached with probability pᵏ."""
+    """Returns the weights of a power series under Russian roulette.
+
+    Args:
+        num_terms: number of terms taken.
+        num_exact_terms: number of leading terms, which are always taken.
+        continue_prob: p; the k-th term after those is reached with probability pᵏ.
+
+    Returns:
+        1 for the leading terms, and p⁻ᵏ for the k-th one after them.
+
+    Example:
+        >>> roulette_weights(4, 2, 0.5)
+        (1.0, 1.0, 2.0, 4.0)
+    """
     return tuple(continue_prob ** -max(0, k - num_exact_terms) for k in range(1, num_terms + 1))
 
 

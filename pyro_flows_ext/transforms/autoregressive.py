@@ -22,12 +22,6 @@ class MADEOptions(TypedDict, total=False):
     residual: bool
 
 
-class AutoregressiveOptions(MADEOptions, total=False):
-    """Keywords of autoregressive flows: see `Autoregressive`."""
-
-    context_dim: int
-
-
 class Autoregressive(FlowTransform):
     """y_i = g(x_i; θ_i) with θ_i a function of the x_j before i and of the context; log|det| = Σ_i log g'(x_i; θ_i), exact.
 

@@ -25,7 +25,6 @@ class CouplingOptions(TypedDict, total=False):
     flip: bool
     net: nn.Module | None
     activation: Callable[[], nn.Module]
-    context_dim: int
 
 
 class Coupling(FlowTransform):

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Unpack
 
 from ..ops import check_positive
-from .autoregressive import Autoregressive, AutoregressiveOptions, MADEOptions
+from .autoregressive import Autoregressive, MADEOptions
 from .coupling import Coupling, CouplingOptions
 from .normalization import BatchNorm
 from .permute import Permute
@@ -58,10 +58,14 @@ def conditional_radial(
 
 
 def affine_coupling(
-    input_dim: int | Sequence[int], hidden_dims: Widths = None, **options: Unpack[CouplingOptions]
+    input_dim: int | Sequence[int],
+    hidden_dims: Widths = None,
+    *,
+    context_dim: int = 0,
+    **options: Unpack[CouplingOptions],
 ) -> Coupling:
     """An affine coupling layer: see `Coupling`."""
-    return Coupling(input_dim, hidden_dims, **options)
+    return Coupling(input_dim, hidden_dims, context_dim=context_dim, **options)
 
 
 def conditional_affine_coupling(
@@ -71,11 +75,8 @@ def conditional_affine_coupling(
     **options: Unpack[CouplingOptions],
 ) -> Coupling:
     """An affine coupling layer at a context: see `Coupling`."""
-    return Coupling(
-        input_dim,
-        hidden_dims,
-        **{**options, "context_dim": check_positive("context_dim", context_dim)},
-    )
+    context_dim = check_positive("context_dim", context_dim)
+    return Coupling(input_dim, hidden_dims, context_dim=context_dim, **options)
 
 
 def spline_coupling(
@@ -84,27 +85,31 @@ def spline_coupling(
     *,
     num_bins: int = 8,
     bound: float = 5.0,
+    context_dim: int = 0,
     **options: Unpack[CouplingOptions],
 ) -> Coupling:
     """A rational-quadratic coupling layer: see `Coupling` and `RationalQuadratic`."""
     spline = RationalQuadratic(num_bins, bound)
-    return Coupling(input_dim, hidden_dims, transformer=spline, **options)
+    return Coupling(input_dim, hidden_dims, transformer=spline, context_dim=context_dim, **options)
 
 
 def affine_autoregressive(
-    input_dim: int, hidden_dims: Widths = None, **options: Unpack[AutoregressiveOptions]
+    input_dim: int,
+    hidden_dims: Widths = None,
+    *,
+    context_dim: int = 0,
+    **options: Unpack[MADEOptions],
 ) -> Autoregressive:
     """An affine autoregressive flow, fast forward (IAF); `.inv` is fast backward (MAF): see `Autoregressive`."""
-    return Autoregressive(input_dim, hidden_dims, **options)
+    return Autoregressive(input_dim, hidden_dims, context_dim=context_dim, **options)
 
 
 def conditional_affine_autoregressive(
     input_dim: int, context_dim: int, hidden_dims: Widths = None, **options: Unpack[MADEOptions]
 ) -> Autoregressive:
     """An affine autoregressive flow at a context: see `Autoregressive`."""
-    return Autoregressive(
-        input_dim, hidden_dims, context_dim=check_positive("context_dim", context_dim), **options
-    )
+    context_dim = check_positive("context_dim", context_dim)
+    return Autoregressive(input_dim, hidden_dims, context_dim=context_dim, **options)
 
 
 def spline_autoregressive(
@@ -113,11 +118,14 @@ def spline_autoregressive(
     *,
     num_bins: int = 8,
     bound: float = 3.0,
-    **options: Unpack[AutoregressiveOptions],
+    context_dim: int = 0,
+    **options: Unpack[MADEOptions],
 ) -> Autoregressive:
     """An autoregressive flow of splines, fast forward: see `Autoregressive` and `RationalQuadratic`."""
     spline = RationalQuadratic(num_bins, bound)
-    return Autoregressive(input_dim, hidden_dims, transformer=spline, **options)
+    return Autoregressive(
+        input_dim, hidden_dims, transformer=spline, context_dim=context_dim, **options
+    )
 
 
 def conditional_spline_autoregressive(
@@ -130,13 +138,9 @@ def conditional_spline_autoregressive(
     **options: Unpack[MADEOptions],
 ) -> Autoregressive:
     """An autoregressive flow of splines at a context: see `Autoregressive` and `RationalQuadratic`."""
-    spline = RationalQuadratic(num_bins, bound)
-    return Autoregressive(
-        input_dim,
-        hidden_dims,
-        transformer=spline,
-        context_dim=check_positive("context_dim", context_dim),
-        **options,
+    context_dim = check_positive("context_dim", context_dim)
+    return spline_autoregressive(
+        input_dim, hidden_dims, num_bins=num_bins, bound=bound, context_dim=context_dim, **options
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
@@ -190,7 +190,7 @@ class TriangularSylvester(Sylvester):
         return f"{super().extra_repr()}, flip={self.flip}"
 
 
-_KINDS: dict[str, type[Sylvester]] = {
+_KINDS: dict[str, Callable[..., Sylvester]] = {
     "orthogonal": OrthogonalSylvester,
     "householder": HouseholderSylvester,
     "triangular": TriangularSylvester,

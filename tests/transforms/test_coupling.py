@@ -160,7 +160,7 @@ def test_a_conditional_net_of_ones_own_sees_the_context_last(family):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = plain.transform.net
+            self.net = plain.net
 
         def forward(self, joined):
             seen.append(joined)
@@ -335,6 +335,22 @@ class Scale(Transformer):
         return y * (-log_scale).exp(), -log_scale
 
 
+class Learned(Scale, nn.Module):
+    """One that has a parameter of its own."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.log_base = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, theta):
+        y, log_scale = super().forward(x, theta)
+        return y * self.log_base.exp(), log_scale + self.log_base
+
+    def inverse(self, y, theta):
+        x, log_scale = super().inverse(y * (-self.log_base).exp(), theta)
+        return x, log_scale - self.log_base
+
+
 def test_a_transformer_of_ones_own():
     for point in (1, 2, 3, 7):
         POINTS[point].check(lambda: Coupling(3, HIDDEN, transformer=Scale()))
@@ -345,19 +361,6 @@ def test_a_transformer_of_ones_own():
 
 
 def test_a_transformer_with_parameters_trains_with_the_layer():
-    class Learned(Scale, nn.Module):
-        def __init__(self):
-            nn.Module.__init__(self)
-            self.log_base = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x, theta):
-            y, log_scale = super().forward(x, theta)
-            return y * self.log_base.exp(), log_scale + self.log_base
-
-        def inverse(self, y, theta):
-            x, log_scale = super().inverse(y * (-self.log_base).exp(), theta)
-            return x, log_scale - self.log_base
-
     assert "transformer.log_base" in Coupling(3, transformer=Learned()).state_dict()
     for point in (1, 2, 3, 7, 9):
         POINTS[point].check(lambda: Coupling(3, HIDDEN, transformer=Learned()))
