@@ -122,10 +122,9 @@ class HamiltonianFlow(AugmentedFlow):
         standard = momentum * (-log_mass / 2).exp()
         return log_normal_by(standard, self.reverse_net(z)) - log_mass.sum(-1) / 2
 
-    def _state(self) -> list[Tensor]:
+    def _watched(self) -> list[Tensor]:
         potential = self.leapfrog.potential
-        seen = potential.tensors() if isinstance(potential, ModelPotential) else []
-        return [*super()._state(), *seen]
+        return potential.tensors() if isinstance(potential, ModelPotential) else []
 
     def extra_repr(self) -> str:
         return self.leapfrog.extra_repr()

@@ -113,7 +113,7 @@ def anderson(
         scale: added to ‖x‖ in the tolerance.
 
     Example:
-        >>> anderson(lambda x: 0.5 * x, torch.tensor([3.0]), 0.5)
+        >>> anderson(lambda x: 0.5 * x, torch.tensor([3.0]), 0.5).round(decimals=4)
         tensor([2.])
 
     References:

@@ -28,7 +28,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
         `(*)`, in [1, S], float64; NaN where a weight is NaN or +inf, or where all are zero.
 
     Example:
-        >>> effective_sample_size(torch.zeros(8)).item()
+        >>> round(effective_sample_size(torch.zeros(8)).item(), 4)
         8.0
 
     References:

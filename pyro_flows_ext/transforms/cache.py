@@ -113,20 +113,21 @@ class PassCache:
 def find_state(module: nn.Module) -> list[Tensor]:
     """Returns the parameters, the buffers and the bound tensors of a module and of its submodules.
 
-    Bound tensors are those that a conditioned transform uses in place of parameters. A submodule that is marked as
-    not cacheable adds a new tensor at every call, so that no two states are equal.
+    Bound tensors are those that a conditioned transform uses in place of parameters. A module whose passes depend on
+    further tensors returns them from a method `_watched()`.
     """
     state: list[Any] = []
     stack: list[Any] = [module]
     # By hand: a pass of `Module.parameters()` over a flow of four layers takes ten times as long.
     while stack:
-        attributes = stack.pop().__dict__
+        part = stack.pop()
+        attributes = part.__dict__
         state += attributes["_parameters"].values()
         state += attributes["_buffers"].values()
         state += attributes.get("_bound", ())
         stack += attributes["_modules"].values()
-        if not attributes.get("_is_cacheable", True):
-            state.append(torch.empty(0))
+        if (watched := getattr(type(part), "_watched", None)) is not None:
+            state += watched(part)
     return [tensor for tensor in state if tensor is not None]
 
 

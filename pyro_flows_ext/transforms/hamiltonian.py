@@ -78,8 +78,6 @@ class Leapfrog(FlowTransform):
         self.tempering = tempering
         self.context_dim = check_context_dim(context_dim)
         self.potential = potential
-        # Tensors that a callable closes over can be neither found nor compared.
-        self._is_cacheable = isinstance(potential, nn.Module)
         self.log_step = nn.Parameter(torch.full((K, D), math.log(step_size)))
         self.log_mass = nn.Parameter(torch.zeros(D))
         if tempering == "quadratic":
@@ -180,6 +178,11 @@ class Leapfrog(FlowTransform):
         if log_alpha is None:
             return z.new_zeros(z.shape[:-1])
         return (self.latent_dim * log_alpha.sum(-1)).expand(z.shape[:-1])
+
+    def _watched(self) -> list[Tensor]:
+        # Tensors that a callable closes over can be neither found nor compared: with a tensor that is new each time, no
+        # pass of this transform, or of a chain that it is part of, is reused.
+        return [] if isinstance(self.potential, nn.Module) else [torch.empty(0)]
 
     def extra_repr(self) -> str:
         tempering = f", tempering={self.tempering!r}" if self.tempering else ""
