@@ -12,6 +12,9 @@ from torch import Tensor
 from ...programs import value_and_gradient
 from ...transforms import FlowTransform
 
+# Rows of a batch in which any number may raise: below the least batch of which a `LogJoint` judges the share.
+SMALL = 4
+
 
 class Coordinates(Protocol):
     """A differentiable map from coordinates z `(*, D)` to unconstrained latents u `(*, D)`, with its log|det| `(*)`."""
@@ -77,7 +80,7 @@ class PulledBack:
             u, ladj = self.transform.forward_and_ladj(z)
             rows = u.detach()
             safe = torch.where(rows.isfinite().all(-1, keepdim=True), rows, 0.0)
-            value, gradient = value_and_gradient(self.target, safe)
+            value, gradient = self._value_and_gradient(safe)
             ladj = ladj.expand(z.shape[:-1])
             outputs, weights = [u], [gradient.to(u)]
             if ladj.requires_grad:
@@ -92,3 +95,14 @@ class PulledBack:
             log_density=torch.where(finite, log_density, -torch.inf),
             gradient=torch.where(finite.unsqueeze(-1), pulled, 0.0),
         )
+
+    def _value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return value_and_gradient(self.target, u)
+        except ValueError:
+            if self.num_gradients == 1:
+                raise
+        # The model raises for most rows of the batch, which means an error of the model at the starts, and a step that is
+        # too long later on. In small parts a `LogJoint` gives those rows density zero whatever their share.
+        parts = [value_and_gradient(self.target, part) for part in u.split(SMALL)]
+        return torch.cat([v for v, _ in parts]), torch.cat([g for _, g in parts])
