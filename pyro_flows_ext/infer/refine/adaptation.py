@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .energy import Point, PulledBack
-from .leapfrog import Transition, transition
+from .leapfrog import finite_rate, transition
 
 # A quarter of the period of a standard normal target, which is what good coordinates make of any: from there on a trajectory is
 # independent of its start.
@@ -87,7 +87,7 @@ def adapt(
         if density.num_gradients + tuning.num_leapfrog > most:
             return point, tuning
         result = transition(density, point, tuning.step_size, tuning.num_leapfrog)
-        point, rate = result.point, _rate(result)
+        point, rate = result.point, result.rate
         step_size = tuned_step_size(tuning.step_size, rate, target_acceptance)
         tuning = _with_length(replace(tuning, step_size=step_size), QUARTER_PERIOD, max_leapfrog)
         if i and abs(rate - target_acceptance) < CLOSE:
@@ -98,9 +98,9 @@ def adapt(
         for _ in range(NUM_PILOT):
             pilots.append(transition(density, point, tuning.step_size, length))
             point = pilots[-1].point
-        rates = torch.cat([p.path_acceptance for p in pilots], 1).mean(1)
-        best = best_length(slow_quantities([p.path for p in pilots]), rates)
-        rate = float(rates[best.num_leapfrog - 1])
+        acceptance = torch.cat([p.path_acceptance for p in pilots], 1)
+        best = best_length(slow_quantities([p.path for p in pilots]), acceptance.mean(1))
+        rate = float(finite_rate(acceptance)[best.num_leapfrog - 1])
         step_size = tuned_step_size(tuning.step_size, rate, target_acceptance, 0.5)
         tuning = Tuning(step_size, best.num_leapfrog, best.shortest)
         within = best.num_leapfrog <= AT_THE_END * length and best.correlation < CORRELATED
@@ -177,10 +177,6 @@ def _correlation(x: Tensor) -> Tensor:
 def _with_length(tuning: Tuning, length: float, max_leapfrog: int) -> Tuning:
     num_leapfrog = min(max(round(length / tuning.step_size), 1), max_leapfrog)
     return replace(tuning, num_leapfrog=num_leapfrog)
-
-
-def _rate(result: Transition) -> float:
-    return float(result.acceptance.mean())
 
 
 def _error_scale(rate: float) -> float:

@@ -29,8 +29,9 @@ class ChainResult:
     """C chains of S draws each, after adaptation, in coordinates z and unconstrained latents u, both `(C, S, D)`.
 
     `log_density` `(C, S)`: in z. `start`: the unconstrained latents `(C, D)` from which the chains started before
-    adaptation. `tuning`: the sampler's settings. `acceptance`: mean acceptance probability by chain, `(C)`. `num_gradients`: evaluations, of all chains each, with
-    those of the adaptation. `num_dead`: starts without density, replaced by copies of others.
+    adaptation. `tuning`: the sampler's settings. `acceptance`: mean acceptance probability by chain, `(C)`. `rate`: the
+    acceptance rate by which the step size is tuned, without trajectories that end where the density is zero.
+    `num_gradients`: evaluations, of all chains each, with those of the adaptation. `num_dead`: starts without density, replaced by copies of others.
     """
 
     z: Tensor
@@ -38,6 +39,7 @@ class ChainResult:
     log_density: Tensor
     start: Tensor
     acceptance: Tensor
+    rate: float
     tuning: Tuning
     num_gradients: int
     seconds: float
@@ -146,7 +148,7 @@ def run_chains(
             max_gradients=most / 2,
         )
     points: list[Point] = []
-    rates = []
+    acceptance, rates = [], []
     last = began
     for i in range(num_transitions):
         now = time.perf_counter()
@@ -158,13 +160,15 @@ def run_chains(
         result = transition(density, point, tuning.step_size, num_leapfrog)
         point = result.point
         points.append(point)
-        rates.append(result.acceptance)
+        acceptance.append(result.acceptance)
+        rates.append(result.rate)
     return ChainResult(
         z=torch.stack([p.z for p in points], 1),
         u=torch.stack([p.u for p in points], 1),
         log_density=torch.stack([p.log_density for p in points], 1),
         start=start,
-        acceptance=torch.stack(rates).mean(0),
+        acceptance=torch.stack(acceptance).mean(0),
+        rate=sum(rates) / len(rates),
         tuning=tuning,
         num_gradients=density.num_gradients,
         seconds=time.perf_counter() - began,

@@ -27,6 +27,25 @@ class Transition:
     path: Tensor
     path_acceptance: Tensor
 
+    @property
+    def rate(self) -> float:
+        """The acceptance rate by which the step size is tuned: see `finite_rate`."""
+        return float(finite_rate(self.path_acceptance[-1:]))
+
+
+def finite_rate(acceptance: Tensor) -> Tensor:
+    """Mean acceptance probabilities `(L)` of `(L, C)` over the rows that do not end without density.
+
+    A wall of the density rejects as many trajectories at any step size. Where nine in ten end so, the mean of all.
+    """
+    alive = acceptance > 0
+    num = alive.sum(-1)
+    return torch.where(
+        10 * num >= acceptance.shape[-1],
+        acceptance.sum(-1) / num.clamp(min=1),
+        acceptance.mean(-1),
+    )
+
 
 def transition(
     density: PulledBack, start: Point, step_size: float, num_leapfrog: int
@@ -48,8 +67,10 @@ def transition(
         momentum = half + step / 2 * point.gradient
         path.append(torch.cat([point.z, point.u], -1))
         energies.append(point.log_density - momentum.square().sum(-1) / 2)
-    change = (torch.stack(energies) - before).nan_to_num(nan=-torch.inf)
-    path_acceptance = change.clamp(max=0.0).exp()
+    change = torch.stack(energies) - before
+    change = torch.where(change.isfinite(), change, -torch.inf)
+    # Zero stands for a proposal without density alone: the worst of the others have e⁻⁸⁰, which float32 represents.
+    path_acceptance = torch.where(change > -torch.inf, change.clamp(-80.0, 0.0), change).exp()
     acceptance = path_acceptance[-1]
     moved = uniform[1, :, 0] < acceptance
     return Transition(start.where(moved, point), acceptance, torch.stack(path), path_acceptance)

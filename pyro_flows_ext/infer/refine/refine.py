@@ -219,8 +219,7 @@ class _Run:
     def _tuning(self) -> Tuning:
         """The settings so far, the step size corrected by the acceptance rate."""
         chains = self.chains
-        rate = float(chains.acceptance.mean())
-        step_size = tuned_step_size(chains.tuning.step_size, rate, TARGET_ACCEPTANCE)
+        step_size = tuned_step_size(chains.tuning.step_size, chains.rate, TARGET_ACCEPTANCE)
         return replace(chains.tuning, step_size=step_size)
 
     def _affordable_chains(self) -> int:

@@ -37,7 +37,8 @@ def test_moments_of_a_skewed_density(shape):
 
 
 def test_regions_without_density_are_not_entered():
-    result = run_chains(truncated, None, noise(128, 2).abs(), num_transitions=80, max_gradients=800)
+    result = run_chains(truncated, None, noise(128, 2).abs(), num_transitions=100)
+    assert result.num_gradients < 1000
     assert (result.u > 0).all()
     assert z_score(result.u[:, 20:, 0], truncated_mean()) < 4
 
