@@ -51,6 +51,7 @@ from ..transforms import (
 from ..transforms.affine import check_whitening
 from ._forecast import training_arguments
 from ._module import PortableGuide
+from ._neutra import called_by_neutra, for_neutra
 from ._plates import PlateReader, check_plates
 from ._prototype import argument_shapes, extent, same_objects, slim
 from .initialization import init_to_median
@@ -229,6 +230,9 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self.latent_dim = sum(shape.numel() for shape in self._unconstrained_shapes.values())
         self._read_masks_and_supports(trace, args, kwargs)
         self._check_supports_repeat()
+        if self.master is None:
+            with poutine.block():
+                self._create_plates()  # NeuTraReparam reads them
 
     def _check_supports_repeat(self) -> None:
         """Raises `ValueError` for supports that depend on anything but latents of the guide and arguments."""
@@ -290,6 +294,8 @@ class AutoFlow(PortableGuide, AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The map from the base to the unconstrained latents."""
         self._require_setup()
+        if called_by_neutra():
+            return for_neutra(self.transform, self.latents, dict(self._sites()))  # type: ignore[return-value]
         return self.transform
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
