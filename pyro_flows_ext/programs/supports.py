@@ -38,6 +38,9 @@ class ImageConstraint(Constraint):
         self.base, self.transforms = base, transforms
         super().__init__()
 
+    def __repr__(self) -> str:
+        return f"ImageConstraint({self.base}, {self.transforms})"
+
     @property
     def is_discrete(self) -> bool:  # type: ignore[override]
         return self.base.is_discrete
