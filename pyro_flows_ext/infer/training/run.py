@@ -27,7 +27,7 @@ from .progress import Progress
 from .result import FitResult
 from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds, run_round
 from .trainer import Trainer
-from .verdict import Judge, advice
+from .verdict import TrustCheck, advice
 
 # Draws weighed after a round.
 NUM_DRAWS = 2000
@@ -62,7 +62,7 @@ class Options:
 
 
 class Run:
-    """Trains a guide on an objective and judges its draws, as `Options` say."""
+    """Trains a guide on an objective and checks its draws, as `Options` say."""
 
     def __init__(
         self,
@@ -86,15 +86,15 @@ class Run:
         self.progress.phase(self.state, phase)
 
     def prepare(self, objective: Objective, posterior: Posterior | None) -> None:
-        """Sets what is trained and what judges it."""
+        """Sets what is trained and what checks it."""
         options = self.options
         self.trainer = Trainer(objective, options.optim, options.lr, options.clip_norm)
         self.best = BestState(self.guide, self.trainer)
-        self.judge: Judge | None = None
+        self.check: TrustCheck | None = None
         if self.warm_start is not None:
             self.modes = list(self.warm_start.modes)
         if posterior is not None:
-            self.judge = Judge(
+            self.check = TrustCheck(
                 posterior, options.target_ess, bool(options.refine), NUM_DRAWS, self.modes
             )
 
@@ -123,18 +123,20 @@ class Run:
 
         self.announce("training")
         run_round(self.trainer, self.state, num_steps, rate_at, on_step, self.in_round)
-        if self.judge is None:
+        if self.check is None:
             return "fixed", False
         result = self._weigh()
         if result is not None and options.refine is True:
             self.announce("refining")
-            return "fixed", self.judge.is_trusted(result, last=True)
+            return "fixed", self.check.is_trusted(result, last=True)
         return "fixed", False
 
     def _train_rounds(self) -> tuple[str, bool]:
         """Rounds until the draws are trusted, rounds gain nothing, or steps run out."""
-        if self.state.step == 0 and self._judge_round(is_first=True):
+        if self.state.step == 0 and self._evaluate_round(is_first=True):
             return "trusted", True
+        if self.check is not None and self.check.findings:
+            return "level", False
         for number, r in enumerate(rounds(FIRST_ROUND, self.options.max_steps)):
             if number < self.state.round:
                 continue
@@ -143,17 +145,22 @@ class Run:
                 self.trainer, self.state, r.num_steps, r.rate_at, self._on_step, self.in_round
             )
             self.state.round, self.in_round = self.state.round + 1, 0
-            if self._judge_round():
+            if self._evaluate_round():
                 return "trusted", True
             self._call_back()
             self._save()
+            if self.check is not None and self.check.findings:
+                break
             if self.state.stop or self.level >= LEVEL_ROUNDS:
                 return ("interrupted" if self.state.stop else "level"), self._is_trusted_at_last()
-        return "out of steps", self._is_trusted_at_last()
+        else:
+            return "out of steps", self._is_trusted_at_last()
+        self.best.restore()
+        return "level", False
 
-    def _judge_round(self, is_first: bool = False) -> bool:
+    def _evaluate_round(self, is_first: bool = False) -> bool:
         """Weighs or averages, keeps the best state, and decides whether the draws can be trusted."""
-        if self.judge is None:
+        if self.check is None:
             if is_first:
                 return False
             window = torch.tensor(self.state.losses[-max(20, self._last_round() // 3) :])
@@ -173,7 +180,7 @@ class Run:
                 self.best.restore()
                 self.trainer.restart()
         self.announce("refining")
-        return self.judge.is_trusted(result, first=is_first)
+        return self.check.is_trusted(result, first=is_first)
 
     def _note(self, gained: bool) -> None:
         self.level = 0 if gained else self.level + 1
@@ -185,24 +192,24 @@ class Run:
     def _is_trusted_at_last(self) -> bool:
         """The verdict on the best state, with the full budget for chains."""
         self.best.restore()
-        if self.judge is None:
+        if self.check is None:
             return False
         result = self._weigh()
         if result is None:
             return False
         self.announce("refining")
-        return self.judge.is_trusted(result, last=True)
+        return self.check.is_trusted(result, last=True)
 
     def _weigh(self) -> Any:
         """Weighted draws; None, with the reason in a warning, where the guide's draws have no weights."""
-        if self.judge is None:
+        if self.check is None:
             return None
         self.announce("weighing")
         try:
-            self.state.importance = self.judge.weigh()
+            self.state.importance = self.check.weigh()
         except ValueError as error:
             warnings.warn(f"fit: the guide's draws are not weighed: {error}", stacklevel=5)
-            self.judge = None
+            self.check = None
             return None
         return self.state.importance
 
@@ -237,7 +244,7 @@ class Run:
                 "guide": self.guide.state_dict() if isinstance(self.guide, torch.nn.Module) else {},
                 "trainer": self.trainer.state(),
                 "best": best,
-                "budget": None if self.judge is None else self.judge.budget,
+                "budget": None if self.check is None else self.check.budget,
                 "modes": [[m.loc, m.log_joint, m.log_mass, m.num_climbs] for m in self.modes],
                 "random": files.random_state(),
             },
@@ -257,8 +264,8 @@ class Run:
             self.best.score, self.best.se, *rest = saved["best"]
             self.best.saved = (rest[0], rest[1])
         self.modes = [Mode(*values) for values in saved["modes"]]
-        if self.judge is not None:
-            self.judge.modes, self.judge.budget = self.modes, saved["budget"]
+        if self.check is not None:
+            self.check.modes, self.check.budget = self.modes, saved["budget"]
         files.set_random_state(saved["random"])
 
     # --- the result ---
@@ -268,9 +275,9 @@ class Run:
         losses = torch.tensor(self.state.losses, dtype=torch.float64)
         skipped = int(losses.isnan().sum())
         warn_of_skipped(skipped, len(losses))
-        importance = None if self.judge is None else self.judge.importance
-        refined = None if self.judge is None else self.judge.refined
-        missed = [] if self.judge is None else self.judge.missed
+        importance = None if self.check is None else self.check.importance
+        refined = None if self.check is None else self.check.refined
+        findings = [] if self.check is None else self.check.findings
         window_elbo, window_se, level = _window(losses)
         elbo, elbo_se = window_elbo, window_se
         if importance is not None and not self.options.is_fixed:
@@ -279,7 +286,7 @@ class Run:
             guide=self.guide,
             trusted=trusted,
             reason="trusted" if trusted else reason,
-            advice=() if trusted else advice(reason, importance, refined, missed),
+            advice=() if trusted else advice(reason, importance, refined, findings),
             importance=importance,
             refined=refined,
             elbo=elbo,
