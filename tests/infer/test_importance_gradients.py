@@ -13,7 +13,8 @@ from torch import nn
 from weighted_models import X, log_normal
 
 from pyro_flows_ext.guides import AutoFlow
-from pyro_flows_ext.infer import ImportanceWeightedELBO, path_gradients
+from pyro_flows_ext.infer import ImportanceWeightedELBO
+from pyro_flows_ext.infer.elbo import path_gradients
 from pyro_flows_ext.transforms import FlowTransform, iaf, maf, realnvp, spline_autoregressive
 
 # q(z | x) = N(a x + b, s); the posterior has 0.5, 0 and 0.5 ** 0.5.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ...ops import pareto_smooth
 from ..importance import ImportanceResult
 from ..refine import RefineResult, refine_density, uncovered, verify
 from ..refine.refine import latent_names
@@ -18,9 +17,6 @@ from .posterior import Posterior
 
 # k-hat up to which weighted draws can be relied on (Vehtari et al. 2024).
 MAX_K_HAT = 0.7
-# k-hat, twice, from which chains are not trusted either: in coordinates with lighter tails than the posterior's they mix, and
-# still miss the tails.
-MAX_CHAIN_K_HAT = 0.8
 # Gradients, of all chains at once, for a check of drift and for the first attempt to refine; the budget doubles.
 VERIFY_GRADIENTS, REFINE_GRADIENTS, MAX_GRADIENTS = 160, 600, 2400
 # Effective draws at which chains stop: means to .03 sd.
@@ -28,10 +24,9 @@ CHAIN_ESS = 1000.0
 # Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
 # some: a hundred steps cost less than chains that do not mix.
 LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.1, 0.02
-# Shapes of a latent's tail from which its sd is not trusted: without a variance, and where the weights have heavy tails too.
-# Of reference posteriors without heavy tails none has more than .25 in 2000 draws, .16 in 8000. At most `MAX_TAILS` numbers
-# of a site are tested.
-MAX_TAIL_SHAPE, SUSPECT_TAIL_SHAPE, MAX_TAILS = 0.5, 0.2, 300
+# Largest Monte Carlo error of an sd, relative; a normal latent has .022 from 1000 draws. An sd that is known worse, twice, is
+# one of a latent whose tails have no variance, or nearly none.
+MAX_SD_ERROR, MAX_IMPRECISE = 0.05, 2
 # Below this effective share chains run twice as long.
 FAIR_EFFICIENCY = 0.2
 
@@ -46,8 +41,8 @@ class TrustCheck:
         refine: whether chains may replace the guide's draws.
         num_draws: draws weighed at a time.
         modes: modes of the posterior known from the warm start.
-        findings: reasons not to trust draws that weights and chains agree on: modes that are not covered, tails that are
-            too heavy for a mean. More steps do not help against them.
+        findings: reasons not to trust draws that weights and chains agree on: modes that are not covered, sds that are
+            not known. More steps do not help against them.
     """
 
     posterior: Posterior
@@ -59,6 +54,7 @@ class TrustCheck:
     refined: RefineResult | None = None
     findings: list[str] = field(default_factory=list)
     budget: int = REFINE_GRADIENTS
+    num_imprecise: int = 0
 
     def weigh(self) -> ImportanceResult:
         """Fresh draws with their weights."""
@@ -81,18 +77,15 @@ class TrustCheck:
             checked = verify(target, start, max_gradients=VERIFY_GRADIENTS)
             if not checked.drift.detected:
                 self.refined = None
-                return self._has_no_findings(result, first)
+                return self._has_no_findings()
             if not self.refine:
                 return False
             self.refined = refine_density(
                 target, start, max_gradients=MAX_GRADIENTS, target_ess=CHAIN_ESS, previous=checked
             )
-            return self.refined.mixed and self._has_no_findings(result, first)
+            return self.refined.mixed and self._has_no_findings()
         least = LEAST_EFFICIENCY_AT_START if first else LEAST_EFFICIENCY
         if not self.refine or not (last or result.efficiency >= least):
-            return False
-        is_heavy = not result.k_hat < MAX_CHAIN_K_HAT and not self.weigh().k_hat < MAX_CHAIN_K_HAT
-        if is_heavy and not last:
             return False
         target, start = self.posterior.start()
         budget = MAX_GRADIENTS if last else self.budget
@@ -100,22 +93,37 @@ class TrustCheck:
         # Chains from few places need longer to forget them.
         ess = CHAIN_ESS if result.efficiency >= FAIR_EFFICIENCY else 2 * CHAIN_ESS
         self.refined = refine_density(target, start, max_gradients=budget, target_ess=ess)
-        return self.refined.mixed and not is_heavy and self._has_no_findings(result, first)
+        return self.refined.mixed and self._has_no_findings()
 
-    def draws(self) -> dict[str, Tensor]:
-        """The draws that the verdict is about: site -> `(N, *shape)`."""
-        if self.refined is not None:
-            return self.refined.flat()
-        return self.importance.resample() if self.importance is not None else {}
-
-    def _has_no_findings(self, result: ImportanceResult, first: bool) -> bool:
-        # Heavy tails of the weights come from latents with heavy tails, which the guide's draws show only in part.
-        is_heavy = not result.k_hat < MAX_K_HAT
-        tails = heavy_tails(self.draws(), SUSPECT_TAIL_SHAPE if is_heavy else MAX_TAIL_SHAPE)
-        if tails and first:  # a round of training may lighten them
+    def _has_no_findings(self) -> bool:
+        imprecise = self._imprecise()
+        self.num_imprecise += bool(imprecise)
+        if (
+            imprecise and self.num_imprecise < MAX_IMPRECISE
+        ):  # other draws, after a round of training, may do
             return False
-        self.findings = [*self._uncovered_modes(), *tails]
+        self.findings = [*self._uncovered_modes(), *imprecise]
         return not self.findings
+
+    def _imprecise(self) -> list[str]:
+        """Sentences on the latents whose sd is not known well enough."""
+        found = []
+        for name, errors in self._sd_errors().items():
+            if not bool((errors <= MAX_SD_ERROR).all()):
+                found.append(
+                    f"the sd of {name} is known to {errors.max().item():.0%} only, since its tails are heavy: use "
+                    "quantiles, and compare with a long run of NUTS"
+                )
+        return found
+
+    def _sd_errors(self) -> dict[str, Tensor]:
+        """The relative Monte Carlo error of the sd of each latent number, by site."""
+        if self.refined is not None:
+            return {name: chain_sd_error(v) for name, v in self.refined.samples.items()}
+        if self.importance is None:
+            return {}
+        weights = self.importance.smoothed_log_weights.softmax(0)
+        return {name: weighted_sd_error(v, weights) for name, v in self.importance.samples.items()}
 
     def _uncovered_modes(self) -> list[str]:
         if len(self.modes) < 2:
@@ -136,23 +144,28 @@ class TrustCheck:
         ]
 
 
-def heavy_tails(draws: Mapping[str, Tensor], max_shape: float) -> list[str]:
-    """Sentences on latents whose tails are those of a generalised Pareto with a shape of `max_shape` or more.
+def chain_sd_error(draws: Tensor) -> Tensor:
+    """The relative standard error of the sd of draws `(C, S, *)`, from the spread of second moments between chains."""
+    x = (
+        draws.detach().double().flatten(2)
+        if draws.dim() > 2
+        else draws.detach().double()[..., None]
+    )
+    moments = (x - x.mean((0, 1))).square().mean(1)
+    return _half_of(moments.std(0) / len(moments) ** 0.5, moments.mean(0))
 
-    From 1/2 on there is no variance, and the sd of draws is whatever the largest one makes it.
-    """
-    found = []
-    for name, value in draws.items():
-        flat = value.detach().double().reshape(len(value), -1)
-        distances = (flat - flat.median(0).values).abs().log()
-        shapes = [pareto_smooth(column)[1].item() for column in distances.T[:MAX_TAILS]]
-        worst = max(shapes, default=-math.inf)
-        if max_shape <= worst < math.inf:
-            found.append(
-                f"{name} has tails too heavy for a mean and sd (Pareto shape {worst:.2f}): use quantiles, and compare "
-                "with a long run of NUTS"
-            )
-    return found
+
+def weighted_sd_error(draws: Tensor, weights: Tensor) -> Tensor:
+    """The relative standard error of the sd of draws `(N, *)` with normalised weights `(N)`."""
+    x, w = draws.detach().double().reshape(len(draws), -1), weights.to(draws.device)[:, None]
+    squares = (x - (w * x).sum(0)).square()
+    moment = (w * squares).sum(0)
+    return _half_of((w * (squares - moment)).square().sum(0).sqrt(), moment)
+
+
+def _half_of(error: Tensor, moment: Tensor) -> Tensor:
+    """Half the relative error of a second moment, which is that of its root; 0 for a constant."""
+    return torch.where(moment > 0, error / (2 * moment), 0.0)
 
 
 def advice(
