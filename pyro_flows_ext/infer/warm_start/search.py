@@ -29,6 +29,10 @@ NUM_STEPS, STEP_DRAWS, MAX_RUNS, WORTHWHILE = 30, 64, 5, 0.05
 NUM_DRAWS = 512
 # Log weights with this variance cost half as many nats: steps would gain less than that.
 LEVEL_VARIANCE = 0.02
+# Above so many latents the decompositions of dense covariances, D³ each, take longer than most gradients, and above so many
+# a dense scale has more entries than stochastic gradients learn in a short run: a diagonal is learned.
+MAX_DENSE, MAX_FULL_RANK = 600, 150
+NUM_DIAGONAL_STEPS, DIAGONAL_DRAWS = 600, 32
 # Fewer steps than this only add noise.
 LEAST_STEPS = 10
 DEFAULT_BUDGET = 20.0
@@ -86,7 +90,7 @@ class Plan:
             step_draws=STEP_DRAWS,
             num_steps=min(NUM_STEPS, steps),
             # Second derivatives take some three times as long as first ones.
-            with_hessian=3 * seconds(D) <= 0.1 * budget,
+            with_hessian=D <= MAX_DENSE and 3 * seconds(D) <= 0.1 * budget,
         )
 
 
@@ -162,8 +166,11 @@ class _Search:
             self.target.measure(self.start.loc, STEP_DRAWS)
             self.plan = Plan.make(self.target, self.budget)
             self._climb()
-            self._batch_and_match()
-            self._polish()
+            if self.target.dim > MAX_DENSE:
+                self._fit_diagonal()
+            else:
+                self._batch_and_match()
+                self._polish()
         if self.elbos[self.best()[0]] == -math.inf:
             raise ValueError(
                 "find_gaussian: expected a log density that is finite near the start, got no candidate with a finite ELBO; "
@@ -258,6 +265,20 @@ class _Search:
             return gain, 0.0
         return gain, float(difference.std()) / math.sqrt(len(difference))
 
+    def _fit_diagonal(self) -> None:
+        """A diagonal scale in the coordinates of the best candidate so far."""
+        steps = int(0.6 * self.budget / self.target.seconds(DIAGONAL_DRAWS))
+        if steps < LEAST_STEPS:
+            return
+        diagonal = stochastic_gradient(
+            self.target.value_and_gradient,
+            self.best()[1],
+            full_rank=False,
+            num_steps=min(NUM_DIAGONAL_STEPS, steps),
+            num_draws=DIAGONAL_DRAWS,
+        )
+        self.add("diagonal", diagonal)
+
     def _run_gradients(self) -> None:
         gradient = self.target.value_and_gradient
         # In the model's own coordinates: in those of a narrow start the mean could not go far.
@@ -266,9 +287,10 @@ class _Search:
             gradient, unit, full_rank=False, num_steps=400, initial_scale=0.1
         )
         self.add("mean-field", mean_field)
+        full_rank = self.target.dim <= MAX_FULL_RANK
         self.add(
-            "full-rank",
-            stochastic_gradient(gradient, self.best()[1], full_rank=True, num_steps=600),
+            "full-rank" if full_rank else "diagonal",
+            stochastic_gradient(gradient, self.best()[1], full_rank=full_rank, num_steps=600),
         )
 
 

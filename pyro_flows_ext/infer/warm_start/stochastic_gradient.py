@@ -49,12 +49,17 @@ def stochastic_gradient(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, 0.01 * lr)
     for _ in range(num_steps):
         noise = torch.randn(num_draws, D).to(m)
-        scale = T.tril(-1) + torch.diag(log_s.exp()) if full_rank else torch.diag(log_s.exp())
-        w = m + noise @ scale.mT  # whitened by the start
+        s = log_s.exp()
+        scale = T.tril(-1) + torch.diag(s) if full_rank else s
+        w = m + (noise @ scale.mT if full_rank else noise * s)  # whitened by the start
         value, gradient = target(start.draw(w.detach()))
         # The path derivative of log p - log q at w: noise = scale⁻¹ (w - m), so that -∇ log q = scale⁻ᵀ noise.
         path = start.pull_back(gradient)
-        path = path + torch.linalg.solve_triangular(scale.detach(), noise, upper=False, left=False)
+        path = path + (
+            torch.linalg.solve_triangular(scale.detach(), noise, upper=False, left=False)
+            if full_rank
+            else noise / s.detach()
+        )
         weight = value.isfinite().to(m) / num_draws
         optimizer.zero_grad()
         w.backward(-path * weight.unsqueeze(-1))
@@ -62,5 +67,7 @@ def stochastic_gradient(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        scale = T.tril(-1) + torch.diag(log_s.exp()) if full_rank else torch.diag(log_s.exp())
-        return DenseGaussian(start.draw(m), start.scale_tril @ scale)
+        s = log_s.exp()
+        root = start.scale_tril
+        root = root @ (T.tril(-1) + torch.diag(s)) if full_rank else root * s
+        return DenseGaussian(start.draw(m), root)

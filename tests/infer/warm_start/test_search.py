@@ -11,7 +11,12 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_flows_ext.guides import AutoSylvester
-from pyro_flows_ext.infer.warm_start import LowRankGaussian, find_gaussian, warm_start
+from pyro_flows_ext.infer.warm_start import (
+    LowRankGaussian,
+    find_gaussian,
+    search,
+    warm_start,
+)
 from pyro_flows_ext.infer.warm_start.search import Plan
 from pyro_flows_ext.infer.warm_start.target import MeasuredTarget
 
@@ -74,6 +79,16 @@ def test_results_are_those_of_the_seed():
         runs.append(find_gaussian(target, start_of(target)))
     assert runs[0].elbos == runs[1].elbos
     torch.testing.assert_close(runs[0].gaussian.loc, runs[1].gaussian.loc, rtol=0, atol=0)
+
+
+def test_a_diagonal_is_learned_above_the_largest_dense_scale(monkeypatch):
+    monkeypatch.setattr(search, "MAX_DENSE", 3)
+    monkeypatch.setattr(search, "NUM_DIAGONAL_STEPS", 150)
+    target, _, _ = random_normal(4, spread=0.3)
+    found = find_gaussian(target, start_of(target))
+    assert set(found.elbos) >= {"start", "pathfinder 0", "diagonal"}
+    assert not any("match" in name or "natural" in name for name in found.elbos)
+    assert found.elbos["diagonal"] > -1.0
 
 
 @pytest.mark.slow
