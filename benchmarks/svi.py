@@ -230,8 +230,8 @@ def take(svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) ->
     else:
         for _ in range(count):
             svi.step(*args, **kwargs)
-    if getattr(svi, "why_not", None):
-        raise RuntimeError(svi.why_not)
+    if getattr(svi, "fallback_reason", None):
+        raise RuntimeError(svi.fallback_reason)
     return (time.perf_counter() - start) / count * 1e3
 
 
