@@ -34,7 +34,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -45,6 +44,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpyro_environment import DEFAULT, interpreter, variables
 from pyro.distributions.transforms import iterated
 from pyro.distributions.transforms import planar as pyro_planar
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, autoguide
@@ -148,7 +148,6 @@ MODELS: dict[str, Callable[[], Problem]] = {
 
 Column = Callable[[int], float]  # takes so many steps; milliseconds a step
 ROOT = Path(__file__).resolve().parents[1]
-PINS = ("jax==0.10.2", "jaxlib==0.10.2", "numpyro==0.22.0", "numpy==2.4.6")
 RATIOS = (("compiled", "numpyro"), ("several", "scan"))  # besides "SVI / ..." of every column
 
 
@@ -156,18 +155,13 @@ class NumPyro:
     """NumPyro in an environment and a process of its own, asked for one round of one column at a time."""
 
     def __init__(self, env: Path, threads: int) -> None:
-        python = env / "bin" / "python"
-        if not (made := env / ".installed").exists():
-            print(f"making {env}: {' '.join(PINS)}", file=sys.stderr, flush=True)
-            venv.create(env, with_pip=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", *PINS], check=True)
-            made.touch()
-        # XLA makes a pool of NPROC threads, one for each processor otherwise.
-        limits = {name: str(threads) for name in ("NPROC", "OMP_NUM_THREADS")}
-        environment = os.environ | limits | {"JAX_PLATFORMS": "cpu"}
-        command, pipe = [python, Path(__file__).with_name("svi_numpyro.py")], subprocess.PIPE
+        command = [interpreter(env), Path(__file__).with_name("svi_numpyro.py")]
         self.process = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, text=True
+            command,
+            env=variables(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.versions = self._read()
 
@@ -230,8 +224,8 @@ def take(svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) ->
     else:
         for _ in range(count):
             svi.step(*args, **kwargs)
-    if getattr(svi, "fallback_reason", None):
-        raise RuntimeError(svi.fallback_reason)
+    if getattr(svi, "why_not", None):
+        raise RuntimeError(svi.why_not)
     return (time.perf_counter() - start) / count * 1e3
 
 
@@ -293,7 +287,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.25, help="of a column in a round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--numpyro", action="store_true", help="NumPyro's columns too")
-    parser.add_argument("--numpyro-env", type=Path, default=ROOT / ".venv-numpyro")
+    parser.add_argument("--numpyro-env", type=Path, default=DEFAULT)
     parser.add_argument("--output", type=Path, help="folder for svi.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -200,11 +200,11 @@ def michaelis_menten(
 
         return np.zeros((4, 1, len(k_a))), field
 
-    grid = _growing_grid(times, growth, largest)
+    grid = growing_grid(times, growth, largest)
     return solve(Problem(start, grid, np.searchsorted(grid, times)), inputs)
 
 
-def _growing_grid(times: Array, growth: float, largest: float) -> Array:
+def growing_grid(times: Array, growth: float, largest: float) -> Array:
     points = [0.0, 1e-6]
     for time in times.tolist():
         while points[-1] < time:

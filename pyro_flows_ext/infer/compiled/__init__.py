@@ -1,6 +1,5 @@
-"""Training steps as compiled graphs: `CompiledSVI`, and `CompiledTraining` for a loop with an optimizer of its own."""
+"""Stochastic variational inference at compiled speed."""
 
-from .steps import CompiledSVI, CompiledTraining
-from .unsupported import UnsupportedForCompilation
+from .svi import CompiledSVI
 
-__all__ = ["CompiledSVI", "CompiledTraining", "UnsupportedForCompilation"]
+__all__ = ["CompiledSVI"]

@@ -18,6 +18,7 @@ from pyro.optim import PyroOptim
 
 from ...programs import Program, nonfinite_ignored
 from .._loop import OptimFactory, decay, warn_of_skipped
+from ..compiled.training import Timing
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
 from .objectives import Objective
@@ -25,7 +26,6 @@ from .posterior import Posterior
 from .progress import Progress
 from .result import FitResult
 from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds, run_round
-from .timing import Timing
 from .trainer import Trainer
 from .verdict import TrustCheck, advice
 
