@@ -77,8 +77,8 @@ def train(name: str, compiled: bool, seed: int, options: argparse.Namespace) -> 
     if compiled:
         svi = CompiledSVI(model, guide, optim, elbo, steps_per_call=50)
         svi.run(steps, *args, **kwargs)
-        if svi.why_not is not None:
-            raise RuntimeError(f"{name}: {svi.why_not}")
+        if svi.fallback_reason is not None:
+            raise RuntimeError(f"{name}: {svi.fallback_reason}")
     else:
         for _ in range(steps):
             svi.step(*args, **kwargs)

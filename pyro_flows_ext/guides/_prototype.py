@@ -8,7 +8,6 @@ from typing import Any
 import pyro.distributions as dist
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..distributions._tensors import map_tensors
 from ..programs import support_of
@@ -29,14 +28,19 @@ def slim(sites: list[tuple[str, Any]]) -> Trace:
 
 def argument_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The shapes of all tensors among the arguments, numbers and names, and the types of everything else."""
-    leaves = tree_leaves((args, sorted(kwargs.items())))
-    return tuple(map(_outline, leaves))
+    return tuple(map(_outline, _leaves((args, sorted(kwargs.items())))))
 
 
 def same_objects(old: Any, new: Any) -> bool:
     """Whether two trees of arguments have the same objects for leaves."""
-    a, b = tree_leaves(old), tree_leaves(new)
+    a, b = _leaves(old), _leaves(new)
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    from torch.utils._pytree import tree_leaves  # private, so not imported with the module
+
+    return tree_leaves(tree)
 
 
 def _outline(x: Any) -> Any:

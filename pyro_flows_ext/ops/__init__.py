@@ -12,7 +12,7 @@ from .checks import (
 from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
 from .linalg import householder_columns, matvec, orthonormal_columns, turned_columns
-from .roots import increasing_root, monotone_root, tanh_root, triangular_tanh_root
+from .roots import increasing_root, may_branch_on, monotone_root, tanh_root, triangular_tanh_root
 from .spectral import conv_norm_bound, spectral_norm_bound
 from .splines import rq_spline
 from .stats import effective_sample_size, pareto_smooth, quantiles
@@ -47,6 +47,7 @@ __all__ = [
     "increasing_root",
     "log_det_series",
     "matvec",
+    "may_branch_on",
     "monotone_root",
     "neumann_log_det",
     "normal_scores",

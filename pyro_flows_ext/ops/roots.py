@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .linalg import matvec
 
@@ -36,9 +35,17 @@ def may_branch_on(x: Tensor) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type != "meta"
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and _get_current_dispatch_mode() is None
+        and not _is_under_dispatch_mode()
         and not torch.jit.is_tracing()
     )
+
+
+def _is_under_dispatch_mode() -> bool:
+    try:  # private, so imported here: a rename must not break the import of this package
+        from torch.utils._python_dispatch import _get_current_dispatch_mode
+    except ImportError:
+        return False
+    return _get_current_dispatch_mode() is not None
 
 
 def monotone_root(

@@ -40,6 +40,7 @@ from .traces import (
     log_prob_by_particle,
     nesting_of,
     nonfinite_ignored,
+    recorded_parameters,
     sample_sites,
 )
 from .vectorization import plate_nesting, vectorization_error
@@ -82,6 +83,7 @@ __all__ = [
     "nonfinite_ignored",
     "plate_nesting",
     "read_latent",
+    "recorded_parameters",
     "sample_sites",
     "split",
     "support_of",

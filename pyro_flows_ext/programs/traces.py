@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -19,6 +20,16 @@ Site = Any  # a node of a trace
 
 # The plate of vectorised particles, under the name that Pyro's own bounds use.
 PARTICLES = "num_particles_vectorized"
+
+
+@contextmanager
+def recorded_parameters() -> Iterator[dict[str, Tensor]]:
+    """The unconstrained parameters, by name, that programs within read: filled in at the end."""
+    params: dict[str, Tensor] = {}
+    with poutine.trace(param_only=True) as capture:
+        yield params
+    sites: Any = capture.trace.nodes.items()
+    params |= {n: site["value"].unconstrained() for n, site in sites if site["type"] == "param"}
 
 
 def sample_sites(trace: Trace) -> list[tuple[str, Site]]:

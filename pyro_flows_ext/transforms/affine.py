@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import check_positive, matvec
 from ..ops.linalg import solve_triangular
 from .base import FlowTransform
+from .scores import by_diagonal, residual
 
 
 class ElementwiseAffine(FlowTransform):
@@ -44,6 +45,12 @@ class ElementwiseAffine(FlowTransform):
         self._check_input("x", x)
         y = self.loc + self.log_scale.exp() * x
         return y, self.log_scale.sum(-1).expand(y.shape[:-1])
+
+    carries_scores = True
+
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self.forward_and_ladj(x)
+        return y, ladj, by_diagonal(x, y, residual(x, ladj, score))
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)
@@ -86,6 +93,12 @@ class Whitening(FlowTransform):
         self._check_input("x", x)
         y = self.loc + matvec(self.scale_tril, x)
         return y, self._ladj().expand(y.shape[:-1])
+
+    carries_scores = True
+
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self.forward_and_ladj(x)
+        return y, ladj, solve_triangular(self.scale_tril.mT, score, upper=True)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from ..nn import MADE
 from ..ops import check_context_dim, check_positive, triangular_fixed_point
 from .base import FlowTransform
+from .scores import by_triangle, residual
 from .transformers import Transformer, check_transformer
 
 
@@ -56,6 +57,7 @@ class Autoregressive(FlowTransform):
     """
 
     inverts_iteratively = True
+    carries_scores = True
 
     def __init__(
         self,
@@ -82,6 +84,13 @@ class Autoregressive(FlowTransform):
         self._check_input("x", x)
         y, log_slope = self.transformer.forward(x, self.net.bind(self.context)(x))
         return y, log_slope.sum(-1)
+
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_input("x", x)
+        y, log_slope = self.transformer.forward(x, self.net.bind(self.context)(x))
+        ladj = log_slope.sum(-1)
+        score = by_triangle(x, y, log_slope.detach().exp(), residual(x, ladj, score))
+        return y, ladj, score
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)

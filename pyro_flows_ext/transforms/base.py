@@ -16,6 +16,7 @@ from typing_extensions import Self
 from ..nn import HyperNetwork
 from ..ops import check_context_dim, check_event
 from .cache import PassCache, find_state
+from .scores import by_jacobian, residual
 
 # The constraint of images (C, H, W).
 IMAGE = constraints.independent(constraints.real, 3)
@@ -44,6 +45,7 @@ class FlowTransform(TransformModule, ConditionalTransformModule):
         batch_shape: `()` except for a transform at a batch of contexts or parameters (see `bind`).
         context_dim: number of context variables that `condition` expects; 0 for none, and once conditioned.
         context: the context `(*, C)` of a conditioned transform whose networks read one.
+        carries_scores: True if `forward_and_score` costs a few passes; otherwise it takes D backward passes.
         inverts_iteratively: True if drawing and scoring in one of the two directions takes sweeps or root finding.
     """
 
@@ -54,6 +56,7 @@ class FlowTransform(TransformModule, ConditionalTransformModule):
     context_dim = 0
     context: Tensor | None = None
     inverts_iteratively = False
+    carries_scores = False
 
     def __init__(self) -> None:
         super().__init__(cache_size=1)
@@ -67,6 +70,20 @@ class FlowTransform(TransformModule, ConditionalTransformModule):
         raise NotImplementedError(
             f"{type(self).__name__}: expected a subclass with an inverse, got one without; define inverse_and_ladj(y)"
         )
+
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward pass of draws, with the score of their density along: see `transforms.scores`.
+
+        Args:
+            x: `(*, D)`, requiring a gradient.
+            score: ∂ log q(x) / ∂x `(*, D)`, detached.
+
+        Returns:
+            y and log|det|, with their graphs, and ∂ log q(y) / ∂y `(*, D)`, detached. By default from the Jacobian, D
+            backward passes in one batch.
+        """
+        y, ladj = self.forward_and_ladj(x)
+        return y, ladj, by_jacobian(x, y, residual(x, ladj, score))
 
     # --- conditioning ---
 

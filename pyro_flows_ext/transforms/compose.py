@@ -71,6 +71,17 @@ class ComposeFlow(FlowTransform):
             total = ladj if total is None else total + ladj
         return x, total
 
+    @property
+    def carries_scores(self) -> bool:  # type: ignore[override]
+        return all(part.carries_scores for part in self)
+
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total: Any = None
+        for part in self:
+            x, ladj, score = part.forward_and_score(x, score)
+            total = ladj if total is None else total + ladj
+        return x, total, score
+
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         total: Any = None
         for part, outer in zip(reversed(self.parts), self._outer_dims[::-1], strict=True):

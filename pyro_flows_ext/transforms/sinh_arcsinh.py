@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import check_positive
 from .base import FlowTransform
 from .bounds import bounded
+from .scores import by_diagonal, residual
 
 # A normal tail exp(-x² / 2) becomes exp(-|x|^(2 δ) / 2): with δ down to 1/4 heavier than any exponential, and still finite in
 # float32 up to |x| = 10⁹. Skewness shifts arcsinh(x): at 3 the two tails differ in scale by a factor of e^(6 / δ).
@@ -60,6 +61,12 @@ class SinhArcsinh(FlowTransform):
         inner = x.asinh()
         outer = (inner + skewness) * log_tail.exp()
         return outer.sinh(), (_log_cosh(outer) - _log_cosh(inner) + log_tail).sum(-1)
+
+    carries_scores = True
+
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self.forward_and_ladj(x)
+        return y, ladj, by_diagonal(x, y, residual(x, ladj, score))
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)

@@ -1,5 +1,6 @@
-"""Stochastic variational inference at compiled speed."""
+"""Training steps as compiled graphs: `CompiledSVI`, and `CompiledTraining` for a loop with an optimizer of its own."""
 
-from .svi import CompiledSVI
+from .steps import CompiledSVI, CompiledTraining
+from .unsupported import UnsupportedForCompilation
 
-__all__ = ["CompiledSVI"]
+__all__ = ["CompiledSVI", "CompiledTraining", "UnsupportedForCompilation"]

@@ -182,6 +182,8 @@ class _Walk:
 
     def slots(self, container: Any, items: Iterable[tuple[Any, Any]]) -> None:
         for key, value in items:
+            if len(self.guard) >= MAX_SLOTS:
+                return
             self.guard.add_slot(container, key, value)
             self.queue.append(value)
 

@@ -1,7 +1,7 @@
 """Update rules of optimizers as pure functions of parameter, gradient, state and numbers that change by step.
 
-Each is the formula of its namesake in `torch.optim` or `pyro.optim`, in the same order of operations. What depends on
-the rate or on the count of steps comes in as tensors, worked out on the host in double precision.
+Each is the formula of its namesake in `torch.optim` or `pyro.optim`, in the same order of operations. Numbers that
+depend on the learning rate or the count of steps are inputs, computed on the host in double precision.
 """
 
 from __future__ import annotations
@@ -14,29 +14,28 @@ import torch
 from pyro.optim.clipped_adam import ClippedAdam as PyroClippedAdam
 from torch import Tensor
 
-from .refusal import Refusal
+from .unsupported import UnsupportedForCompilation
 
 Group = Mapping[str, Any]
 State = dict[str, Tensor]
 
 
 class Rule:
-    """How one kind of optimizer updates a parameter. `group`: its settings; `t`: the number of the step, from 1."""
+    """The update of one class of optimizers. `group`: its settings; `t`: the number of the step, from 1."""
 
-    settings: tuple[
-        str, ...
-    ] = ()  # what a graph holds as constants; a change of them makes a new graph
+    # Settings that are constants of a graph: a change of them makes a new graph.
+    settings: tuple[str, ...] = ()
 
     def states(self, group: Group) -> tuple[str, ...]:
-        """The names of the tensors it keeps for a parameter."""
+        """The names of the state tensors of a parameter."""
         return ()
 
     def numbers(self, group: Group, lr: float, t: int) -> tuple[float, ...]:
-        """What changes from step to step."""
+        """The inputs that change from step to step."""
         return (lr,)
 
     def rate_after(self, group: Group, lr: float) -> float:
-        """The rate of this step, for the rate before it."""
+        """The learning rate of a step, given that of the step before."""
         return lr
 
     def update(
@@ -181,12 +180,12 @@ _RULES: dict[type, Rule] = {
 
 
 def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule:
-    """The rule of an optimizer; raises `Refusal` where there is none. A subclass may do anything."""
+    """The rule of an optimizer; raises `UnsupportedForCompilation` without one. A subclass may compute anything."""
     rule = _RULES.get(type(optimizer))
     if rule is None:
         names = ", ".join(kind.__name__ for kind in _RULES)
-        raise Refusal(
-            f"{type(optimizer).__name__} is not among the optimizers that compile ({names})"
+        raise UnsupportedForCompilation(
+            f"{type(optimizer).__name__} is not among the optimizers that compile: {names}"
         )
     if isinstance(rule, Adam) and group.get("decoupled_weight_decay"):
         return _RULES[torch.optim.AdamW]

@@ -1,10 +1,11 @@
-"""One run of model, guide and gradient as a graph whose every live tensor is an input."""
+"""Loss and gradient as a graph whose every live tensor is an input."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,31 +15,29 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .arguments import Call, place, storages, unaliased, with_tensors
-from .layers import merge_layers
-from .losses import loss_and_surrogate
-from .refusal import Refusal, check_plain, line_of, reads_refused
-from .simplify import simplify
+from .call import Call, loss_and_surrogate, place, storages, unaliased, with_tensors
+from .lowering import simplify
+from .unsupported import (
+    UnsupportedForCompilation,
+    check_plain,
+    line_of,
+    value_reads_unsupported,
+)
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class LossGraph:
-    """`graph`: (*params, *arguments, *beta, *others) -> (loss, *gradients), the latter of those that `reached` marks.
-    `merged`: the same with equal layers computed at once, which is what is compared and compiled.
+    """`graph`: (*params, *arguments, *beta, *others) -> (loss, *gradients), with gradients of the `reached` parameters.
 
-    `others` are the tensors beside parameters and arguments that the program looked up while it ran: data that the
-    model closes over, buffers. They are inputs too, so that what is written into them is seen. Each argument and each of
-    the others is an input by itself, whatever memory they share at the time of tracing.
-    `written_arguments`, `written_others`: the inputs that the program itself writes into, by position.
+    `others`: tensors beside parameters and arguments that the program reads, such as closed-over data and buffers. As
+    inputs they are read at every step. Each argument and each of the others is an input by itself, whatever memory they
+    share at the time of tracing. `written_arguments`, `written_others`: positions of inputs that the program writes to.
     """
 
     graph: GraphModule
-    merged: Callable[..., Any]
     others: list[Tensor]
     reached: list[bool]
     written_arguments: list[int]
@@ -53,32 +52,36 @@ class LossGraph:
 def trace_loss(
     call: Call, params: Sequence[Tensor], arguments: Sequence[Tensor], beta: Tensor | None
 ) -> LossGraph:
-    """Runs loss and gradient once and writes down what torch computes. `arguments`: the tensors among those of the call.
+    """Runs loss and gradient once and records the operations of torch.
 
-    The program runs on copies of the arguments: of two arguments that are one tensor, or of an argument that the model
-    also closes over, the run could not tell which one an operation reads.
+    The program runs on copies of the arguments. On the arguments themselves, operations on two of them that are one
+    tensor, or on one that the model also closes over, could not be told apart. Buffers and generators are restored.
 
-    Leaves buffers and generators as they were. Raises `Refusal` where the program does what a graph cannot.
+    Raises `UnsupportedForCompilation` where the program does what a graph cannot.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     copies = unaliased(arguments)
     call = with_tensors(call, copies)
 
     def run() -> tuple[Tensor, list[Tensor | None]]:
-        with _unchecked(), reads_refused(), torch.enable_grad():
+        with _without_validation(), value_reads_unsupported(), torch.enable_grad():
             value, surrogate = loss_and_surrogate(call, beta)
             if not surrogate.requires_grad:
-                raise Refusal("the loss depends on no parameter")
+                raise UnsupportedForCompilation("the loss depends on no parameter")
             grads = torch.autograd.grad(surrogate, list(params), allow_unused=True)
         return value.detach(), list(grads)
 
-    with unchanged() as written:
+    with unchanged() as writes:
         try:
             graph = make_fx(run)()
-        except Refusal:
+        except UnsupportedForCompilation:
             raise
         except Exception as error:
             message = str(error).strip().split("\n")[0]
-            raise Refusal(f"{type(error).__name__}: {message}{line_of(error)}") from error
+            raise UnsupportedForCompilation(
+                f"{type(error).__name__}: {message}{line_of(error)}"
+            ) from error
     given = [*params, *copies, *(() if beta is None else (beta,))]
     others = _lift(graph, given, storages(copies))
     [output] = [node for node in graph.graph.nodes if node.op == "output"]
@@ -87,28 +90,23 @@ def trace_loss(
     simplify(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    written_memory = storages([alias for _, alias, _ in written.kept.values()])
-    if written_memory & storages(params):
-        raise Refusal("the program writes into a parameter")
-    with unchanged(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of batches that are taken one by one
-        merged = merge_layers(graph, [*given, *others])
-    reached = [g is not None for g in grads]
+    written = storages([alias for _, alias, _ in writes.kept.values()])
+    if written & storages(params):
+        raise UnsupportedForCompilation("the program writes into a parameter")
     return LossGraph(
         graph,
-        merged,
         others,
-        reached,
-        [i for i, t in enumerate(copies) if storages([t]) & written_memory],
-        [i for i, t in enumerate(others) if storages([t]) & written_memory],
+        [g is not None for g in grads],
+        [i for i, t in enumerate(copies) if storages([t]) & written],
+        [i for i, t in enumerate(others) if storages([t]) & written],
     )
 
 
 def _lift(graph: GraphModule, given: Sequence[Tensor], copied: set[int]) -> list[Tensor]:
     """Makes inputs of the tensors that the graph holds: those `given`, and others, which are returned.
 
-    A tensor made by `.data` is no object that is known, and is identified by its place. `copied`: the storages of the
-    copies of arguments, which only arguments can have in this way.
+    A tensor made by `.data` is a new object, and is identified by its place. `copied`: the storages of the copies of
+    arguments, in which no other tensor lies.
     """
     places = {place(t): i for i, t in reversed(list(enumerate(given)))}
     objects = {id(t): i for i, t in enumerate(given)}
@@ -123,13 +121,7 @@ def _lift(graph: GraphModule, given: Sequence[Tensor], copied: set[int]) -> list
             check_plain(value, "a tensor that the program reads")
             index = objects.get(id(value), places.get(place(value), len(tensors)))
             if index == len(tensors):
-                if value.requires_grad:
-                    raise Refusal(
-                        f"a tensor of shape {tuple(value.shape)} that the program reads requires a gradient and is no "
-                        "parameter of it; register it by pyro.param or pyro.module, or turn requires_grad off"
-                    )
-                if storages([value]) & copied:
-                    raise Refusal("the program reads a part of an argument past torch's operations")
+                _check_other(value, copied)
                 objects[id(value)] = index
                 inputs.append(graph.graph.placeholder(f"other_{index - len(given)}"))
                 tensors.append(value)
@@ -139,32 +131,46 @@ def _lift(graph: GraphModule, given: Sequence[Tensor], copied: set[int]) -> list
     return tensors[len(given) :]
 
 
+def _check_other(value: Tensor, copied: set[int]) -> None:
+    if value.requires_grad:
+        raise UnsupportedForCompilation(
+            f"a tensor of shape {tuple(value.shape)} that the program reads requires a gradient and is no parameter of it; "
+            "register it by pyro.param or pyro.module, or set its requires_grad to False"
+        )
+    if storages([value]) & copied:
+        raise UnsupportedForCompilation(
+            "the program reads a part of an argument past torch's operations"
+        )
+
+
 def _is_number(node: Node, value: Tensor) -> bool:
-    """Whether a constant was a number of Python until the run made a tensor of it, so that nobody else can hold it."""
+    """Whether a constant is a Python number that the run made a tensor of, so that no other code holds it."""
     return value.dim() == 0 and all(
         user.target is aten.lift_fresh_copy.default for user in node.users
     )
 
 
+# --- without validation, which reads values ---
+
+
 @contextmanager
-def _unchecked() -> Iterator[None]:
-    """No validation, which looks at values, in distributions made within or before."""
-    with pyro.validation_enabled(False), _Unchecked(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the eager step before has said what there is to say
+def _without_validation() -> Iterator[None]:
+    with pyro.validation_enabled(False), _Unvalidated(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the eager step before has given the warnings
         yield
 
 
-class _Unchecked(Messenger):
+class _Unvalidated(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
-        msg["fn"] = _without_checks(msg["fn"])
+        msg["fn"] = _unvalidated(msg["fn"])
 
 
-def _without_checks(fn: Any) -> Any:
-    """A distribution as it is, or a copy that does not validate."""
+def _unvalidated(fn: Any) -> Any:
+    """The distribution itself, or a copy without validation."""
     base = getattr(fn, "base_dist", None)
     if isinstance(fn, nn.Module) or not isinstance(fn, torch.distributions.Distribution):
         return fn
-    new_base = None if base is None else _without_checks(base)
+    new_base = None if base is None else _unvalidated(base)
     if new_base is base and not fn._validate_args:
         return fn
     new = copy.copy(fn)
@@ -175,52 +181,61 @@ def _without_checks(fn: Any) -> Any:
     return new
 
 
+# --- runs that leave no trace ---
+
+
 @contextmanager
-def unchanged() -> Iterator[_Keeper]:
-    """Takes back what is written into tensors within, buffers above all, and puts the generators back."""
+def unchanged() -> Iterator[Any]:
+    """Restores tensors that are written to within, buffers above all, and the generators.
+
+    Yields an object whose `kept` has what was written to.
+    """
     state = pyro.util.get_rng_state()  # of all generators but those of devices
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    keeper = _Keeper()
+    writes = _write_mode()()
     try:
-        with keeper:
-            yield keeper
+        with writes:
+            yield writes
     finally:
-        keeper.restore()
+        with torch.no_grad():
+            for _, alias, before in writes.kept.values():
+                alias.copy_(before)
         pyro.util.set_rng_state(state)
         for i, device_state in enumerate(devices):
             torch.cuda.set_rng_state(device_state, i)
 
 
-# Buffers that kernels of batch normalisation write to without a word in their schemas.
-_WRITTEN_IN_SECRET = ("running_mean", "running_var")
+# Buffers that the kernels of batch normalisation write to, which their schemas do not declare.
+_UNDECLARED_WRITES = ("running_mean", "running_var")
+
+
+@functools.cache
+def _write_mode() -> type:
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+    class Writes(TorchDispatchMode):
+        """Copies every tensor before it is written to for the first time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            for i, argument in enumerate(func._schema.arguments):
+                if not (_is_written(argument) or argument.name in _UNDECLARED_WRITES):
+                    continue
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                if isinstance(value, Tensor) and id(value) not in self.kept:
+                    with _disable_current_modes():
+                        alias = value.detach()  # keeps its shape when that of the value changes
+                        self.kept[id(value)] = value, alias, alias.clone()
+            return func(*args, **kwargs)
+
+    return Writes
 
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
-
-
-class _Keeper(TorchDispatchMode):
-    """Copies every tensor before it is written to for the first time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments):
-            if not (_is_written(argument) or argument.name in _WRITTEN_IN_SECRET):
-                continue
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if isinstance(value, Tensor) and id(value) not in self.kept:
-                with _disable_current_modes():
-                    alias = value.detach()  # keeps its shape, whatever is done to that of the value
-                    self.kept[id(value)] = value, alias, alias.clone()
-        return func(*args, **kwargs)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for _, alias, before in self.kept.values():
-            alias.copy_(before)

@@ -1,4 +1,4 @@
-"""Optimizers in the graph: they read and write the state of the very objects that would take the step eagerly."""
+"""Optimizer updates in the graph, on the state of the optimizer objects that take eager steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pyro.optim.optim import is_scheduler
 from torch import Tensor
 
 from .guards import StateGuard
-from .refusal import Refusal
 from .rules import ClippedAdam, Group, Rule, rule_of
+from .unsupported import UnsupportedForCompilation
 
 # As `torch.nn.utils.clip_grad_norm_` has it.
 _CLIP_EPS = 1e-6
@@ -21,15 +21,24 @@ _CLIP_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Owner:
-    """Who updates a parameter: a torch optimizer, its group of settings, and clipping of this parameter's gradient."""
+    """The torch optimizer of a parameter, its group of settings, and limits of this parameter's gradient."""
 
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
     clip: Mapping[str, Any] = field(default_factory=dict)
 
 
-def owner_in(optim: PyroOptim, p: Tensor) -> Owner:
-    """Of a parameter that a `PyroOptim` has seen."""
+def owner_of(optim: PyroOptim | torch.optim.Optimizer, p: Tensor) -> Owner:
+    """The owner of a parameter that `optim` has updated before."""
+    if isinstance(optim, torch.optim.Optimizer):
+        for group in optim.param_groups:
+            if any(q is p for q in group["params"]):
+                return Owner(optim, group)
+        raise UnsupportedForCompilation(
+            f"{type(optim).__name__} has no parameter of shape {tuple(p.shape)} yet; take an eager step first"
+        )
+    if p not in optim.optim_objs:
+        raise UnsupportedForCompilation("the optimizer has no state yet; take an eager step first")
     holder = optim.optim_objs[p]
     optimizer = holder.optimizer if is_scheduler(holder) else holder
     clip = optim._get_grad_clip_args(p)  # type: ignore[arg-type]
@@ -37,7 +46,7 @@ def owner_in(optim: PyroOptim, p: Tensor) -> Owner:
 
 
 class _Cohort:
-    """Parameters that share rule, settings, rate and count of steps, and so the numbers of a step."""
+    """Parameters that share update rule, settings, learning rate and count of steps."""
 
     def __init__(self, rule: Rule, group: Group, lr: float, t: int):
         self.rule, self.lr, self.t = rule, lr, t
@@ -45,7 +54,7 @@ class _Cohort:
         self.width = len(rule.numbers(self.settings, lr, t + 1))
 
     def numbers(self, num_steps: int) -> list[tuple[float, ...]]:
-        """What changes, for each of the next steps."""
+        """The numbers that change from step to step, for each of the next steps."""
         rows, lr = [], self.lr
         for t in range(self.t + 1, self.t + num_steps + 1):
             lr = self.rule.rate_after(self.settings, lr)
@@ -61,11 +70,11 @@ class _Cohort:
 class Updates:
     """Steps of the optimizers of some parameters.
 
-    `tensors` is their state, which the graph writes in place; `numbers` what changes from step to step; `taken` tells
-    the optimizers that steps were taken. With a `joint_clip` the gradients are clipped to this norm together, and a
-    step without finite loss and gradient changes nothing, which is not to be told.
+    `tensors`: their state, which the graph writes in place. `numbers`: inputs that change from step to step. `taken`
+    advances the counters of the optimizers. With a `joint_clip` the gradients are clipped to this norm together, and a
+    step without finite loss and gradient changes nothing and is not counted.
 
-    Raises `Refusal` for an optimizer without a rule, and for one that has not yet made its state.
+    Raises `UnsupportedForCompilation` for an optimizer without a rule, and for one without its state.
     """
 
     def __init__(
@@ -82,7 +91,9 @@ class Updates:
             names = rule.states(owner.group)
             missing = [name for name in names if not isinstance(state.get(name), Tensor)]
             if missing:
-                raise Refusal(f"{type(owner.optimizer).__name__} has not yet made its {missing[0]}")
+                raise UnsupportedForCompilation(
+                    f"{type(owner.optimizer).__name__} has no {missing[0]} yet; take an eager step first"
+                )
             lr, t = float(owner.group["lr"]), int(state.get("step", 0))
             settings = tuple((name, owner.group[name]) for name in rule.settings)
             key = (rule, settings, lr, t)
@@ -107,13 +118,19 @@ class Updates:
                 self.settings.add_slot(owner.group, name, value)
             for name, value in owner.clip.items():
                 self.settings.add_slot(owner.clip, name, value)
+        for p, owner, names in zip(self.params, self.owners, self.names, strict=True):
+            if names:
+                state = owner.optimizer.state[p]
+                self.settings.add_slot(owner.optimizer.state, p, state)
+                for name in names:
+                    self.settings.add_slot(state, name, state[name])
         self.width = sum(cohort.width for cohort in self.distinct)
 
     def is_current(self, others_stepped: bool) -> bool:
-        """Takes over new rates, and counts if others stepped; whether they and the state still suit the graph."""
+        """Reads new learning rates, and the counts if eager steps came between; returns whether the graph still fits."""
         if not self.settings.holds():
             return False
-        if not others_stepped:  # what nearly every step finds, and finds quickly
+        if not others_stepped:  # the quick check of nearly every step
             for group, cohort, optimizer, store in self.watched:
                 if group["lr"] != cohort.lr or optimizer.state is not store:
                     break
@@ -134,14 +151,14 @@ class Updates:
         return True
 
     def numbers(self, num_steps: int) -> list[list[float]]:
-        """`num_steps` rows of `width` numbers: what changes, for each of the next steps."""
+        """`num_steps` rows of `width` numbers, the inputs of the next steps."""
         columns = [cohort.numbers(num_steps) for cohort in self.distinct]
         if len(columns) == 1:
             return [list(row) for row in columns[0]]
         return [[x for part in row for x in part] for row in zip(*columns, strict=True)]
 
     def taken(self, num_steps: int) -> None:
-        """Counts steps, in the optimizers too where they count by Python's numbers, and lets rates fall that they lower."""
+        """Advances the counts of steps, those of the optimizers that are Python numbers included, and falling rates."""
         for cohort in self.distinct:
             cohort.take(num_steps)
         for state, group, cohort in self.by_hand:
@@ -155,7 +172,7 @@ class Updates:
     # --- inside the graph ---
 
     def blocks(self, packed: bool) -> list[Block]:
-        """Every parameter by itself; or, `packed`, those together whose elements are updated alike."""
+        """One block for every parameter; or, if `packed`, one for all parameters with the same update."""
         blocks: dict[Any, Block] = {}
         values = self.by_param(self.params, self.tensors)
         for i, (p, cohort, names) in enumerate(
@@ -168,7 +185,7 @@ class Updates:
         return list(blocks.values())
 
     def by_param(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Each parameter with its state, of all parameters and of all states."""
+        """Groups flat lists of parameters and states by parameter."""
         rest = iter(tensors)
         return [
             [p, *(next(rest) for _ in names)] for p, names in zip(params, self.names, strict=True)
@@ -182,7 +199,7 @@ class Updates:
         values: Sequence[Sequence[Tensor]],
         numbers: Tensor,
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """The loss, NaN if nothing was to change, and the values of the blocks after a step with one row of `numbers`."""
+        """The loss, NaN for a step that is left out, and the values of the blocks after a step with one row of `numbers`."""
         finite: Tensor | None = None
         if self.joint_clip is not None:
             norm = torch.stack([g.norm() for g in grads]).norm()
@@ -217,7 +234,7 @@ class Updates:
         packed: Sequence[Sequence[Tensor]],
         values: Sequence[Sequence[Tensor]],
     ) -> None:
-        """Writes the values of blocks into those of each parameter."""
+        """Writes the values of blocks into the tensors of each parameter."""
         for block, vectors in zip(blocks, packed, strict=True):
             for i, new in block.unpack(vectors):
                 for old, value in zip(values[i], new, strict=True):
@@ -226,21 +243,21 @@ class Updates:
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters that are updated as one: their numbers, the names of their states, and the shapes of what each has."""
+    """Parameters with a joint update: their indices, the names of their states, and the shapes of all tensors."""
 
     members: list[int]
     names: tuple[str, ...]
     shapes: list[list[torch.Size]]
 
     def pack(self, values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """What the members have of `values`, parameter and state for each parameter: as vectors, if they are several."""
+        """The parameter and state tensors of the members, concatenated to vectors where there are several members."""
         mine = [values[i] for i in self.members]
         if len(mine) == 1:
             return list(mine[0])
         return [torch.cat([t.reshape(-1) for t in column]) for column in zip(*mine, strict=True)]
 
     def unpack(self, packed: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """The number of each member and what it has, of the first of its values where not all are given."""
+        """The index of each member and its tensors; `packed` may hold only the first of them."""
         if len(self.members) == 1:
             yield self.members[0], list(packed)
             return

@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ...ops import may_branch_on
 from ...programs import is_delta
 from ...transforms import FlowTransform, InverseFlow
 
@@ -18,6 +19,8 @@ from ...transforms import FlowTransform, InverseFlow
 # their Jacobian, D backward passes in one batch, is cheaper: a step takes 1.2 to 1.5 times as long as without paths for
 # D = 4 and 10, 1.6 to 3.0 for 32 and 2.6 to 2.8 for 64; with the inverse 2.1 to 2.9, 3.8 to 6.5 and 3.9 to 7.9.
 MAX_JACOBIAN_DIM = 64
+# Up to this dimension the Jacobian of all layers takes less time than a score carried from layer to layer, where that is possible.
+MAX_BATCHED_DIM = 20
 
 
 class CutMessenger(Messenger):
@@ -83,14 +86,18 @@ def _inverts_slowly(fn: Any) -> bool:
     transforms: list[Any] = fn.transforms
     if len(fn.event_shape) != 1 or fn.base_dist.event_shape != fn.event_shape:
         return False
-    if fn.event_shape[0] > MAX_JACOBIAN_DIM or not all(
-        isinstance(t, FlowTransform) for t in transforms
-    ):
+    if not all(isinstance(t, FlowTransform) for t in transforms):
         return False
     parts = [p for t in transforms for p in t.modules() if isinstance(p, FlowTransform)]
-    return any(p.inverts_iteratively for p in parts) and not any(
+    if not any(p.inverts_iteratively for p in parts) or any(
         isinstance(p, InverseFlow) for p in parts
-    )
+    ):
+        return False
+    return fn.event_shape[0] <= MAX_JACOBIAN_DIM or _carries_scores(fn)
+
+
+def _carries_scores(fn: Any) -> bool:
+    return all(t.carries_scores for t in fn.transforms)
 
 
 def draw_with_density(fn: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,11 +123,32 @@ def _draw_forward(fn: Any) -> tuple[Tensor, Tensor, Tensor]:
     noise = fn.base_dist.rsample()
     if not noise.requires_grad:
         noise.requires_grad_()
+    carried = noise.shape[-1] > MAX_BATCHED_DIM and _carries_scores(fn)
+    if carried and may_branch_on(noise.detach()):
+        live, log_prob, h = _carry_score(fn, noise)
+    else:
+        live, log_prob, h = _solve_jacobian(fn, noise)
+    cut = live.detach().requires_grad_()
+    return live, cut, log_prob + (h * (cut - live)).sum(-1)
+
+
+def _carry_score(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z, log q(z) and h, the score carried from layer to layer: see `FlowTransform.forward_and_score`."""
+    log_prob = fn.base_dist.log_prob(noise)
+    (score,) = torch.autograd.grad(log_prob.sum(), noise, retain_graph=True)
+    live = noise
+    for transform in fn.transforms:
+        live, ladj, score = transform.forward_and_score(live, score)
+        log_prob = log_prob - ladj
+    return live, log_prob, score
+
+
+def _solve_jacobian(fn: Any, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z, log q(z) and h from the Jacobian of all layers together: D + 1 backward passes in one batch."""
     live = noise
     for transform in fn.transforms:
         live = transform(live)
     log_prob = fn.log_prob(live)  # no pass: the transforms remember this one
-    cut = live.detach().requires_grad_()
     D = live.shape[-1]
     # The rows of J, and ∂s/∂ε as one more.
     eye = torch.eye(D + 1, dtype=live.dtype, device=live.device)
@@ -134,8 +162,7 @@ def _draw_forward(fn: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
     J, slope = rows[:D].movedim(0, -2), rows[D]
     # Unchecked: a singular J gives a gradient that is not finite, as a flow that collapsed does anyway.
-    h = torch.linalg.solve_ex(J.mT, slope.unsqueeze(-1))[0].squeeze(-1)
-    return live, cut, log_prob + (h * (cut - live)).sum(-1)
+    return live, log_prob, torch.linalg.solve_ex(J.mT, slope.unsqueeze(-1))[0].squeeze(-1)
 
 
 def through_draws(

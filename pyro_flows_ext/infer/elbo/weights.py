@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ...distributions import check_guide_site
 from ...programs import PARTICLES, is_delta
@@ -219,9 +219,17 @@ def _differ_by_particle(terms: list[_Term]) -> bool:
             values.append(torch.stack(draws))
         elif draws[0].dim() == terms[0].value.dim() + site["fn"].event_dim:
             values.append(draws[0])  # the particles' dimension is in front
-    # Whether it depends is the same at any values: a program that is being traced may look, and records nothing.
-    with _disable_current_modes():
+    # The answer is the same at any values, so that a traced program may read these; the modes are those of tracing.
+    with _without_modes():
         return any(bool((v - v[:1]).abs().amax() > 64 * _eps(v) * v.abs().amax()) for v in values)
+
+
+def _without_modes() -> Any:
+    try:  # private, so imported here: a rename must not break the import of this package
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        return nullcontext()
+    return _disable_current_modes()
 
 
 def _eps(value: Tensor) -> float:

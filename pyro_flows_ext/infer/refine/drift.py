@@ -163,14 +163,20 @@ def drift_within(draws: Tensor, *, names: Sequence[str] | None = None, num_looks
 
     The error is that of the paired differences, so that what a chain keeps from half to half cancels. `memory` is zero.
 
+    A run of a single draw has no halves, and unknown shifts: the errors are infinite.
+
     Raises:
-        ValueError: for fewer than 8 chains of 2 draws.
+        ValueError: for fewer than 8 chains.
     """
-    if draws.dim() != 3 or len(draws) < MIN_CHAINS or draws.shape[1] < 2:
+    if draws.dim() != 3 or len(draws) < MIN_CHAINS or not draws.shape[1]:
         raise ValueError(
-            f"draws: expected (C, S, Q) with {MIN_CHAINS} chains or more of 2 draws or more, got {tuple(draws.shape)}"
+            f"draws: expected (C, S, Q) with {MIN_CHAINS} chains or more, got {tuple(draws.shape)}"
         )
     C, S, Q = draws.shape
+    if S < 2:
+        zero, unknown = draws.new_zeros(Q), draws.new_full((Q,), math.inf)
+        threshold = _threshold(C - 1, 2 * Q * num_looks)
+        return Drift(_names(names, Q), zero, unknown, zero, unknown, zero, threshold)
     x = normal_scores(draws.double())
     first, second = x[:, : S // 2], x[:, -(S // 2) :]
     mean = second.mean(1) - first.mean(1)

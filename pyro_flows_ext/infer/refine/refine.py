@@ -16,7 +16,7 @@ from .._loop import seeded
 from .adaptation import Tuning, tuned_step_size
 from .chains import ChainResult, run_chains
 from .coordinates import Start, start_at
-from .drift import Drift, drift_from, drift_within
+from .drift import MIN_CHAINS, Drift, drift_from, drift_within
 from .energy import PulledBack
 from .result import MAX_R_HAT, MIN_ESS, RefineResult, statistics
 
@@ -132,6 +132,10 @@ class _Run:
         max_seconds: float | None,
         previous: RefineResult | None = None,
     ):
+        if num_chains is not None and num_chains < MIN_CHAINS:
+            raise ValueError(
+                f"num_chains: expected {MIN_CHAINS} or more, for statistics between chains, got {num_chains!r}"
+            )
         self.began = time.perf_counter()
         self.target, self.start = target, start
         self.max_gradients, self.max_seconds = max_gradients, max_seconds

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...guides import AutoFlow
-from ...programs import LogJoint, Program
-from ..compiled.arguments import parameters_met
+from ...programs import LogJoint, Program, recorded_parameters
 from ..elbo.path_gradients import draw_with_density
 
 # Below this share of particles with a finite density a step has too little to go by, and is skipped.
@@ -41,7 +40,7 @@ class ELBOObjective:
         self.named: dict[str, Tensor] = {}
 
     def __call__(self) -> tuple[float, list[Tensor]]:
-        with parameters_met() as self.named:
+        with recorded_parameters() as self.named:
             value = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
         return float(value), list({id(p): p for p in self.named.values()}.values())
 

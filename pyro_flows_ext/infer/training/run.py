@@ -18,7 +18,6 @@ from pyro.optim import PyroOptim
 
 from ...programs import Program, nonfinite_ignored
 from .._loop import OptimFactory, decay, warn_of_skipped
-from ..compiled.training import Timing
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
 from .objectives import Objective
@@ -26,6 +25,7 @@ from .posterior import Posterior
 from .progress import Progress
 from .result import FitResult
 from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds, run_round
+from .timing import Timing
 from .trainer import Trainer
 from .verdict import TrustCheck, advice
 

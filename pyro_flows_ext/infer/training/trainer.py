@@ -12,11 +12,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .._loop import OptimFactory
-from ..compiled.arguments import Call
-from ..compiled.refusal import Refusal
-from ..compiled.training import CompiledTraining, Timing
-from ..compiled.updates import Owner, owner_in
+from ..compiled import CompiledTraining, UnsupportedForCompilation
 from .objectives import ELBOObjective, Objective
+from .timing import Timing
 
 
 class Trainer:
@@ -51,9 +49,9 @@ class Trainer:
             try:
                 self._set_rates(rate)
                 return self.compiled.step()
-            except Refusal as refusal:
+            except UnsupportedForCompilation as unsupported:
                 self.compiled = None
-                warnings.warn(f"fit goes on with eager steps: {refusal}", stacklevel=6)
+                warnings.warn(f"fit goes on with eager steps: {unsupported}", stacklevel=6)
         value, params = self.objective()
         params = [p for p in params if p.requires_grad]
         active = [p for p in params if p.grad is not None]
@@ -125,25 +123,25 @@ class Trainer:
 
     def compile(self, timing: Timing) -> None:
         """Compiles the steps to come; where that is not possible they stay eager, with a warning if it was asked for."""
-        objective = self.objective
+        objective, optim = self.objective, self.pyro_optim or self.optimizer
         try:
             if not isinstance(objective, ELBOObjective):
-                raise Refusal("the loss is no Pyro ELBO")
-            call = Call(
-                objective.loss, objective.model, objective.guide, objective.args, objective.kwargs
+                raise UnsupportedForCompilation("the loss is no Pyro ELBO")
+            if optim is None:
+                raise UnsupportedForCompilation("no step has been taken yet")
+            self.compiled = CompiledTraining(
+                objective.loss,
+                objective.model,
+                objective.guide,
+                objective.args,
+                objective.kwargs,
+                params=objective.named,
+                optim=optim,
+                clip_norm=self.clip_norm,
             )
-            self.compiled = CompiledTraining(call, objective.named, self._owner_of, self.clip_norm)
-        except Refusal as refusal:
+        except UnsupportedForCompilation as unsupported:
             if timing.when is True:
-                warnings.warn(f"fit takes eager steps: {refusal}", stacklevel=5)
-
-    def _owner_of(self, p: Tensor) -> Owner:
-        if self.pyro_optim is not None:
-            return owner_in(self.pyro_optim, p)
-        if self.optimizer is None:
-            raise Refusal("no step has been taken yet")
-        [group] = [g for g in self.optimizer.param_groups if any(q is p for q in g["params"])]
-        return Owner(self.optimizer, group)
+                warnings.warn(f"fit takes eager steps: {unsupported}", stacklevel=5)
 
 
 def _adam(lr: float) -> OptimFactory:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_flows_ext.infer.compiled import inductor, program
+from pyro_flows_ext.infer.compiled import lowering, program
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"
@@ -45,7 +45,7 @@ def inputs() -> list[Tensor]:
 )
 def test_writes_last(function: Callable[..., tuple[Tensor]], expected: bool) -> None:
     graph = make_fx(function, tracing_mode="fake")(*inputs())
-    assert inductor.writes_last(graph) is expected
+    assert lowering.writes_last(graph) is expected
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_writes_last(function: Callable[..., tuple[Tensor]], expected: bool) -> 
 @pytest.mark.parametrize("function", [results_last, reads_what_it_wrote])
 def test_a_compiled_graph_is_the_function(function: Callable[..., tuple[Tensor]]) -> None:
     """Values, what is written, draws, and the count of writes by which autograd notices them."""
-    options = inductor.options_for(inputs())
-    graph = make_fx(function, inductor.decompositions(options), tracing_mode="fake")(*inputs())
+    options = lowering.options_for(inputs())
+    graph = make_fx(function, lowering.decompositions(options), tracing_mode="fake")(*inputs())
     compiled = program._compile(graph, inputs(), "inductor")
     x, y = inputs()
     x_compiled, y_compiled = inputs()

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from pyro_flows_ext.infer.compiled import CompiledSVI
-from pyro_flows_ext.infer.compiled.updates import Owner, Updates, owner_in
+from pyro_flows_ext.infer.compiled.updates import Owner, Updates, owner_of
 
 STEPS = 12
 SHAPES = ((), (3,), (2, 4))
@@ -92,7 +92,7 @@ def test_same_numbers_given_the_same_gradients(name: str, size: int, packed: boo
         optim = OPTIMIZERS[name]()
         params = start(optim)
         if compiled:
-            updates = Updates(params, [owner_in(optim, p) for p in params])
+            updates = Updates(params, [owner_of(optim, p) for p in params])
             for step in range(1, STEPS + 1, size):
                 assert updates.is_current(others_stepped=step == 4)
                 grads = [[grad_of(step + k, i) for i in range(len(params))] for k in range(size)]
@@ -216,7 +216,7 @@ def test_a_new_rate_by_hand_is_seen() -> None:
     before = pyro.param("loc").item()
     svi.step()
     assert pyro.param("loc").item() == before
-    assert svi.why_not is None
+    assert svi.fallback_reason is None
 
 
 def test_others_are_refused() -> None:

@@ -83,7 +83,7 @@ def hides_enumerated(model: Any) -> Any:
     return AutoNormal(poutine.block(model, hide=["k"]))
 
 
-NOT_THE_PROGRAM = "its graph is not the program"
+NOT_THE_PROGRAM = "does not reproduce the program"
 REFUSED = {
     "item": (Case(guided(reads_item, AutoNormal)), r"reads? .*refusals.py, line \d+: .*# item"),
     "float": (Case(guided(reads_parameter, AutoNormal)), r"refusals.py, line \d+: .*# float"),

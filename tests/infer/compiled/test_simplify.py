@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_flows_ext.infer.compiled.simplify import MOST_ONE_BY_ONE, simplify
+from pyro_flows_ext.infer.compiled.lowering import MOST_ONE_BY_ONE, simplify
 
 aten = torch.ops.aten
 

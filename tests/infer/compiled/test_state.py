@@ -326,7 +326,7 @@ def test_a_change_is_followed(make: Callable[[], Parts]) -> None:
         results.append(train(make(), svi))
     (expected, _), (ours, svi) = results
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    assert svi.why_not is None
+    assert svi.fallback_reason is None
     assert not torch.allclose(expected[:4], expected[4:8], atol=0.3)  # the change is one
 
 
@@ -410,6 +410,21 @@ def test_settings_of_the_optimizer_are_followed(options: Any, clip: Any, change:
             optimizer.param_groups[0].update(change)
         if limits is not None:
             limits["clip_norm"] = 0.01
+        losses += [svi.step() for _ in range(6)]
+        results.append(torch.tensor(losses))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_of_the_optimizer_that_was_cleared_is_followed() -> None:
+    results = []
+    for make in (SVI, compiled):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optim = pyro.optim.Adam({"lr": 0.1})
+        svi = make(lambda: observe(0.1), guide, optim, Trace_ELBO())
+        losses = [svi.step() for _ in range(4)]
+        for optimizer in optim.optim_objs.values():
+            optimizer.state.clear()
         losses += [svi.step() for _ in range(6)]
         results.append(torch.tensor(losses))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pyro_flows_ext.infer.compiled import CompiledSVI
-from pyro_flows_ext.infer.compiled.svi import MAX_GRAPHS
+from pyro_flows_ext.infer.compiled.steps import MAX_GRAPHS
 
 DATA = torch.tensor([0.3, -0.2, 0.8, 1.4])
 
@@ -72,7 +72,7 @@ def test_run_takes_the_steps_of_the_handlers(size: int) -> None:
         losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(values, params(), rtol=1e-5, atol=1e-6)
-    assert svi.why_not is None
+    assert svi.fallback_reason is None
 
 
 def test_seeds_reproduce_a_run() -> None:
@@ -206,7 +206,9 @@ def test_a_compiler_that_fails_is_a_reason() -> None:
         raise RuntimeError("no such machine\nand much more")
 
     svi = compiled(backend=broken)
-    with pytest.warns(UserWarning, match=r"the compiler gave up: RuntimeError: no such machine$"):
+    with pytest.warns(
+        UserWarning, match=r"the compiler failed with RuntimeError: no such machine$"
+    ):
         svi.run(3)
 
 
@@ -219,7 +221,7 @@ def test_inductor_takes_the_steps_of_the_handlers() -> None:
         svi = make(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
         losses = [svi.step() for _ in range(8)]
         results.append((losses, params()))
-    assert svi.why_not is None
+    assert svi.fallback_reason is None
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
@@ -235,7 +237,7 @@ def test_cuda_graphs_train() -> None:
 
     svi = CompiledSVI(on_device, AutoNormal(on_device), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     losses = svi.run(400)
-    assert svi.why_not is None
+    assert svi.fallback_reason is None
     assert losses[-100:].mean() < losses[:20].mean()
 
 

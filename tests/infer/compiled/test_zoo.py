@@ -300,5 +300,5 @@ def agree(
 def test_trains_as_the_handlers_do(name: str) -> None:
     case = COMPILES[name]
     ours = train(case, compiled=True)
-    assert ours[2].why_not is None
+    assert ours[2].fallback_reason is None
     agree(ours, train(case, compiled=False))

@@ -86,6 +86,12 @@ def test_drift_within_finds_a_run_that_has_not_settled():
     assert all(r.mean[0] > 0.3 for r in moving)
 
 
+def test_a_single_draw_has_no_halves():
+    result = drift_within(simulate()[1][:, :1])
+    assert not result.detected
+    assert not result.conclusive
+
+
 def test_the_words_name_the_quantity():
     names = [f"theta[{i}]" for i in range(20)]
     start, draws, population = simulate(shift=1.0)

@@ -191,6 +191,8 @@ def test_budgets():
 
 
 def test_refusals():
+    with pytest.raises(ValueError, match="num_chains: expected 8"):
+        refine(normal_gamma, setup(AutoNormal(normal_gamma)), Y, num_chains=4)
     with pytest.raises(ValueError, match="has not been set up"):
         refine(normal_gamma, AutoNormal(normal_gamma), Y)
 

@@ -12,8 +12,9 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_flows_ext.guides import AutoRealNVP
-from pyro_flows_ext.infer import fit, training
-from pyro_flows_ext.infer.compiled.training import CompiledTraining
+from pyro_flows_ext.infer import ImportanceWeightedELBO, fit
+from pyro_flows_ext.infer.compiled import CompiledTraining
+from pyro_flows_ext.infer.training import timing, trainer
 
 Y = torch.tensor([0.3, -0.2, 0.8, 1.4])
 
@@ -33,10 +34,10 @@ def reads_values() -> None:
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are interpreted, which takes no compiler and no time."""
 
-    def interpreted(*args: Any) -> CompiledTraining:
-        return CompiledTraining(*args, backend="eager")
+    def interpreted(*args: Any, **options: Any) -> CompiledTraining:
+        return CompiledTraining(*args, **options, backend="eager")
 
-    monkeypatch.setattr(training, "CompiledTraining", interpreted)
+    monkeypatch.setattr(trainer, "CompiledTraining", interpreted)
 
 
 def run(program: Any = model, make: Any = AutoNormal, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -51,7 +52,11 @@ def run(program: Any = model, make: Any = AutoNormal, **options: Any) -> tuple[A
     "options",
     [
         {},
-        {"make": AutoRealNVP, "clip_norm": 0.5},
+        {
+            "make": AutoRealNVP,
+            "clip_norm": 0.5,
+            "loss": ImportanceWeightedELBO(1, "stl", num_bounds=4, max_plate_nesting=1),
+        },
         {"loss": Trace_ELBO(num_particles=2), "schedule": "exponential", "clip_norm": None},
         {"optim": pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.9})},
         {"optim": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9)},
@@ -88,7 +93,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
 
 def test_auto_compiles_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not run()[0].compiled
-    monkeypatch.setattr("pyro_flows_ext.infer.compiled.training.AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "AUTO_SECONDS", 0.0)
     assert run()[0].compiled
 
 

@@ -1,0 +1,27 @@
+"""Whether compiling pays for a training run."""
+
+from __future__ import annotations
+
+import time
+
+# Compiling pays where, judged after AUTO_STEPS eager steps, those that are left would take AUTO_SECONDS.
+AUTO_STEPS = 6
+AUTO_SECONDS = 60.0
+
+
+class Timing:
+    """When to compile a run of `num_steps`: True, after the first; "auto", after some if it pays; False, never."""
+
+    def __init__(self, num_steps: int, when: bool | str):
+        self.num_steps, self.when = num_steps, when
+        self.start, self.is_over = 0.0, when is False
+
+    def is_due(self, updates: int) -> bool:
+        """Whether to compile after this number of eager updates, the first of which makes the optimizer's state."""
+        if self.is_over or updates == 0:
+            return False
+        if updates == 1:
+            self.start = time.perf_counter()
+        left = (time.perf_counter() - self.start) / (AUTO_STEPS - 1) * (self.num_steps - AUTO_STEPS)
+        self.is_over = self.when is True or updates == AUTO_STEPS
+        return self.is_over and (self.when is True or left >= AUTO_SECONDS)
