@@ -147,7 +147,6 @@ MODELS: dict[str, Callable[[], Problem]] = {
 # --- columns ---
 
 Column = Callable[[int], float]  # takes so many steps; milliseconds a step
-ROOT = Path(__file__).resolve().parents[1]
 RATIOS = (("compiled", "numpyro"), ("several", "scan"))  # besides "SVI / ..." of every column
 
 
@@ -224,8 +223,8 @@ def take(svi: Any, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) ->
     else:
         for _ in range(count):
             svi.step(*args, **kwargs)
-    if getattr(svi, "why_not", None):
-        raise RuntimeError(svi.why_not)
+    if getattr(svi, "fallback_reason", None):
+        raise RuntimeError(svi.fallback_reason)
     return (time.perf_counter() - start) / count * 1e3
 
 
