@@ -99,5 +99,5 @@ def _start(pid: int) -> int | None:
     except ProcessLookupError:
         return None
     except OSError:  # of another user
-        pass
+        return 0
     return 0

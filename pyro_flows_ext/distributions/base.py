@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from ..transforms import ComposeFlow, FlowTransform, Standardize
 from ..transforms.base import forget_param_store
-from ._tensors import map_tensors
+from .tensors import map_tensors
 
 
 class _DensityMeta(DistributionMeta, type(nn.Module)):  # type: ignore[misc]

@@ -14,8 +14,8 @@ from ..nn import MLP
 from ..ops import check_positive
 from ..transforms import LogitPreprocess
 from ._bound import BoundedDensity
-from ._normal import affine_by, log_standard_normal
 from .base import Density
+from .normal import affine_by, log_standard_normal
 
 KINDS = ("uniform", "variational")
 

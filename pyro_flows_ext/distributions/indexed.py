@@ -16,9 +16,9 @@ from typing_extensions import Self
 from ..ops import check_positive
 from ..transforms import FlowTransform
 from ._bound import BoundedDensity
-from ._indexed_layer import Index, IndexedLayer
-from ._normal import affine_by, log_standard_normal
 from .base import TransformedDensity, log_prob_anywhere
+from .indexed_layer import Index, IndexedLayer
+from .normal import affine_by, log_standard_normal
 
 
 class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):

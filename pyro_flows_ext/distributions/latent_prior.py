@@ -12,7 +12,7 @@ from ..nn import MLP
 from ..ops import check_positive
 from ..transforms import FlowTransform
 from ._bound import BoundedDensity
-from ._normal import draw_by, log_normal_by, log_standard_normal
+from .normal import draw_by, log_normal_by, log_standard_normal
 
 
 class FlowVAE(BoundedDensity):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..distributions._normal import draw_by, log_normal_by
+from ..distributions.normal import draw_by, log_normal_by
 from ..nn import MLP
 from ..programs import LogJoint
 from ..transforms import ElementwiseAffine, Leapfrog, Whitening

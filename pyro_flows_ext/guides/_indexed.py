@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributions._indexed_layer import IndexedLayer
+from ..distributions.indexed_layer import IndexedLayer
 from ..transforms import FlowTransform
 from ._augmented import AugmentedFlow
 

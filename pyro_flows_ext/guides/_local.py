@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from ..distributions._tensors import map_tensors
+from ..distributions.tensors import map_tensors
 from ..programs import Latent, check_inside, check_log_prob, support_of, tensors_of
 
 

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..distributions._tensors import map_tensors
+from ..distributions.tensors import map_tensors
 from ..programs import support_of
 
 

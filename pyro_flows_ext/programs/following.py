@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .latents import Latent, split, to_support
 from .masks import completing_log_prob, is_maskable
+from .raising import ERRORS
 from .supports import bijection, tensors_of, true_support
 from .traces import Program, Site
 
@@ -50,6 +51,7 @@ class Following:
     ):
         self.model, self.args, self.kwargs = model, args, kwargs
         self.latents, self.needed, self.completed = latents, frozenset(needed), frozenset(completed)
+        self._vectorizes = True
 
     def constrain(self, u: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Latent -> its values `(N, *shape)` at u `(N, D)`, and what they add to log q, `(N, *batch)`.
@@ -85,11 +87,11 @@ class Following:
 
     def _by_row(self, single: Callable[[Row], Any], rows: Row) -> Any:
         num = len(next(iter(rows.values())))
-        if num > 1:
+        if num > 1 and self._vectorizes:
             try:
                 return torch.vmap(single, randomness="different")(dict(rows))
-            except (RuntimeError, ValueError, IndexError, NotImplementedError):
-                pass  # the single runs below raise what is an error of the model
+            except ERRORS:
+                self._vectorizes = False  # single runs raise what is an error of the model
         results = [single({k: v[i] for k, v in rows.items()}) for i in range(num)]
         return torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *results)
 

@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
-from ..distributions._tensors import map_tensors
+from ..distributions.tensors import map_tensors
 
 _Independent = type(constraints.real_vector)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import warnings
@@ -71,39 +72,29 @@ def fit(
 ) -> FitResult:
     """Trains a guide until draws of the posterior can be trusted.
 
-    A flow guide over all latents starts at a Gaussian found in about a second, and trains by path gradients in rounds of
-    growing length. After each round 2000 draws are weighed. The run ends as "trusted" where the effective sample size is
-    `target_ess` of the draws and k-hat below .7, twice on fresh draws, and many chains of HMC that start from the guide's draws
-    do not drift; or where such chains mix, and then they are what `result.sample` returns. It ends as "level" where rounds
-    gain nothing, and as "out of steps". The best parameters seen are kept. Other guides train on a Pyro ELBO.
+    Flow guides over all latents start at a Gaussian found in about a second and train by path gradients, in rounds; other
+    guides train on a Pyro ELBO. After each round draws are weighed. The run ends "trusted" where the effective sample
+    size is `target_ess` and k-hat below .7, twice, and chains of HMC from the guide's draws do not drift; or where such
+    chains mix, which `result.sample` then returns. It ends "level" where nothing is gained, else "out of steps".
 
     Args:
         model, guide: Pyro programs of the same arguments.
-        args, kwargs: the arguments of model and guide. Bind keywords that `fit` has too by `functools.partial`.
-        max_steps: the most optimizer steps.
-        target_ess: effective share of the guide's draws at which its weights are trusted, in (0, 1).
-        num_steps: a fixed number of steps in place of all this, not verified unless `refine=True`.
-        lr: Adam's learning rate at the start.
-        num_particles: draws a step; None for 64, or 8 where they run one by one.
-        loss: a Pyro ELBO. If given, `num_particles` is ignored.
-        optim: makes a torch optimizer from parameters, or a `PyroOptim`, which keeps its own rates.
-        schedule, final_lr: for `num_steps`, "cosine", "exponential" or "constant", and the last share of the rate.
-        clip_norm: the largest joint norm of gradients, or None.
-        warm_start: True, False, or "auto" for a flow guide whose parameters are as its setup left them.
-        refine: False keeps chains from replacing the guide's draws.
-        compile: for `num_steps`, whether steps run compiled: True, False, or "auto" where eager steps would take over a
-            minute. See docs/compiled.md.
-        callback: called with a `TrainingState` after each round and every 50 steps; may set `state.stop`.
-        checkpoint, resume: a file written at round ends and every few seconds; with `resume=True` an existing one is
-            gone on from, with the losses of a run that was not stopped.
+        args, kwargs: these arguments; bind keywords that `fit` has too by `functools.partial`.
+        max_steps, target_ess: the most optimizer steps, and the effective share of draws in (0, 1).
+        num_steps: a fixed number of steps instead, not verified unless `refine=True`.
+        lr, optim, clip_norm: Adam's rate; or a function from parameters to a torch optimizer, or a `PyroOptim`; and the
+            largest joint norm of gradients.
+        num_particles, loss: draws a step, None for 64, or 8 one by one; or a Pyro ELBO, which ignores it.
+        schedule, final_lr: of `num_steps`: "cosine", "exponential" or "constant", to this share of the rate.
+        warm_start, refine, compile: True, False or "auto": for guides as their setup left them; where chains find better
+            draws; for `num_steps`, where eager steps would take over a minute (docs/compiled.md).
+        callback: called with a `TrainingState` after each round and every 50 steps.
+        checkpoint, resume: a file written at round ends and every few seconds; an existing one is gone on from.
         seed: makes the run reproducible, and leaves the global generators as they were.
-        progress: whether to show a bar, or lines where there is no terminal, on standard error.
-
-    Returns:
-        FitResult: verdict, draws, importance weights, losses.
+        progress: a bar, or lines where there is no terminal, on standard error.
 
     Raises:
-        ValueError: for arguments out of range, for model and guide that do not match, and for shapes that Pyro refuses.
+        ValueError: for arguments out of range, model and guide that do not match, and shapes that Pyro refuses.
         FloatingPointError: after 100 steps in a row without a finite gradient.
 
     Example:
@@ -111,32 +102,11 @@ def fit(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> result = fit(model, AutoIAF(model), torch.randn(20), seed=0, progress=False)
-        >>> result.trusted
+        >>> fit(model, AutoIAF(model), torch.randn(20), seed=0, progress=False).trusted
         True
-
-    References:
-        Roeder, Wu & Duvenaud 2017, Sticking the Landing; Hoffman et al. 2019, NeuTra-lizing bad geometry in Hamiltonian
-        Monte Carlo using neural transport; Vehtari et al. 2024, Pareto smoothed importance sampling.
     """
+    options = _options(locals())
     model, guide = model_first(model, guide)
-    _check_options(locals())
-    options = Options(
-        max_steps=max_steps if num_steps is None else num_steps,
-        is_fixed=num_steps is not None,
-        target_ess=target_ess,
-        lr=lr,
-        schedule=schedule,
-        final_lr=final_lr,
-        clip_norm=clip_norm,
-        optim=optim,
-        refine=refine,
-        # Compiled steps differ from eager ones by rounding, and a resumed run would switch at another step.
-        compile=False if checkpoint is not None and compile == "auto" else compile,
-        callback=callback,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
     with seeded(seed):
         begin = time.perf_counter()
         is_new = _set_up(guide, args, kwargs)
@@ -161,6 +131,21 @@ def fit(
         if is_resumed:
             run.resume()
         return run.finish(*run.train(), begin)
+
+
+def _options(given: dict[str, Any]) -> Options:
+    """The options of a run from the arguments of `fit`. Raises `ValueError` for those out of range."""
+    _check_options(given)
+    names = {field.name for field in dataclasses.fields(Options)} & given.keys()
+    options = Options(
+        **{name: given[name] for name in names - {"max_steps"}},
+        max_steps=given["max_steps"] if given["num_steps"] is None else given["num_steps"],
+        is_fixed=given["num_steps"] is not None,
+    )
+    if options.checkpoint is not None and options.compile == "auto":
+        # Compiled steps differ from eager ones by rounding, and a resumed run would switch at another step.
+        return dataclasses.replace(options, compile=False)
+    return options
 
 
 def _check_options(given: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP
 from ..transforms import FlowTransform, IndexedTransform
-from ._normal import affine_by, draw_by, log_normal_by
+from .normal import affine_by, draw_by, log_normal_by
 
 # u itself, or what draws it given the output of the reverse network; None draws from r.
 Index = Tensor | Callable[[Tensor], Tensor] | None
