@@ -69,7 +69,7 @@ def perturb(
     return module
 
 
-class Judge:
+class ContractCheck:
     """A point of a contract that is applied to something; as a context manager, it turns any exception into its failure."""
 
     def __init__(self, number: int, name: str, dtype: torch.dtype):
@@ -110,7 +110,7 @@ class Judge:
         self.require(error <= tolerance, f"{what}: error {error:.3g}, tolerance {tolerance:.3g}")
 
 
-class Case(Judge):
+class Case(ContractCheck):
     """A point of the contract applied to one factory.
 
     Raises `TypeError` if the factory makes neither a `FlowTransform` nor a `ConditionalTransformModule`, and

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..distributions import Density
-from .case import Judge, perturb
+from .case import ContractCheck, perturb
 
 DensityFactory = Callable[[], Density]
 Reference = Callable[[Density, Tensor], Tensor]
@@ -32,7 +32,7 @@ class DensityOptions(TypedDict, total=False):
     reference: Reference | None
 
 
-class DensityCase(Judge):
+class DensityCase(ContractCheck):
     """A point of the contract of densities applied to one factory; leaves the random state as it was.
 
     Raises `TypeError` when the factory makes no `Density`.
