@@ -17,7 +17,16 @@ import torch
 
 import pyro_flows_ext
 
-ROOMS = ["ops", "nn", "transforms", "distributions", "guides", "infer", "diagnostics"]
+ROOMS = [
+    "ops",
+    "nn",
+    "transforms",
+    "distributions",
+    "programs",
+    "guides",
+    "infer",
+    "diagnostics",
+]
 
 
 def _modules():

@@ -123,10 +123,10 @@ def find_gaussian(
         ValueError: if no candidate has a finite ELBO.
 
     Example:
-        >>> log_joint = LogJoint(model, args)
+        >>> log_joint = LogJoint(lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1)))
         >>> start = LowRankGaussian.isotropic(torch.zeros(log_joint.dim), 0.1)
-        >>> found = find_gaussian(log_joint, start)
-        >>> found.name, found.gaussian.loc, found.gaussian.scale_tril
+        >>> find_gaussian(log_joint, start).gaussian.loc.shape
+        torch.Size([2])
     """
     search = _Search(MeasuredTarget(target, start.loc), start, overdispersed, budget)
     search.run()
