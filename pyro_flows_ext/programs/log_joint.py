@@ -23,7 +23,7 @@ from .latents import (
 )
 from .masks import completing_log_prob
 from .match import check_marginalised
-from .raising import ERRORS, first_line, guarded
+from .raising import ERRORS, NaNForFailures, first_line, guarded
 from .supports import bijection, support_of
 from .traces import (
     Program,
@@ -314,7 +314,12 @@ class LogJoint:
             return self._run(part, fixed, None, constrained, collect, proper)
 
         # Validation reads values, which vmap cannot do; callers make Pyro's checks on single traces.
-        with poutine.block(), pyro.validation_enabled(False), nonfinite_ignored():
+        with (
+            poutine.block(),
+            pyro.validation_enabled(False),
+            nonfinite_ignored(),
+            NaNForFailures(),
+        ):
             if self.method == "handlers":
                 value, sites = self._run(parts, fixed, num, constrained, collect, proper)
             elif self.method == "vmap":

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # Errors of a model at values that it does not accept; in a batched run, also that it does not run in this way.
 ERRORS = (RuntimeError, ValueError, IndexError, NotImplementedError, ArithmeticError)
 # A batch in which more than this share raises is an error of the model; smaller batches are single trials of an optimiser.
 MAX_RAISED, LEAST_BATCH = 0.5, 8
+
+
+class NaNForFailures(TorchFunctionMode):
+    """Has factorizations and solves that fail return NaN for the failing matrices, where torch raises for a whole batch.
+
+    A sampler visits such particles often, and to find them by halving a batch takes a dozen runs of the model each.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.linalg.cholesky, torch.cholesky, Tensor.cholesky) and not kwargs:
+            factor, info = torch.linalg.cholesky_ex(args[0])
+            return _nan_where_failed(factor, info) if len(args) == 1 else func(*args)
+        if func in (torch.linalg.inv, torch.inverse, Tensor.inverse) and not kwargs:
+            return _nan_where_failed(*torch.linalg.inv_ex(args[0]))
+        return func(*args, **kwargs)
+
+
+def _nan_where_failed(result: Tensor, info: Tensor) -> Tensor:
+    return torch.where((info == 0)[..., None, None], result, torch.nan)
 
 
 def guarded(evaluate: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, int]:
