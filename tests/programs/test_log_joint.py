@@ -266,7 +266,7 @@ def test_particles_that_raise_have_density_zero():
     torch.testing.assert_close(value[[0, 2, 3]], log_joint(u[[0, 2, 3]]))
     assert (gradient[[1, 4]] == 0).all()
     assert log_joint.num_raised == 2
-    with pytest.raises(ValueError, match="more than half of 8 particles, first .* z is too large"):
+    with pytest.raises(ValueError, match=r"more than half of 8 particles, first .* z is too large"):
         log_joint(torch.full((8, 1), 3.0, dtype=torch.float64))
 
 
