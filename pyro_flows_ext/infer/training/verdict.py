@@ -75,7 +75,8 @@ class TrustCheck:
         if self.is_good(result) and self.is_good(self.weigh()):
             target, start = self.posterior.start()
             checked = verify(target, start, max_gradients=VERIFY_GRADIENTS)
-            if not checked.drift.detected:
+            # Chains that hardly move show no drift either: such a run is not conclusive.
+            if checked.drift.conclusive and not checked.drift.detected:
                 self.refined = None
                 return self._has_no_findings()
             if not self.refine:
