@@ -15,7 +15,7 @@ import torch
 
 from .arguments import parser
 from .density import density_command
-from .failures import CommandError, Terminated, complain, terminable, warnings_in_one_line
+from .failures import CommandError, complain, terminable, warnings_in_one_line
 from .fit import demo_command, fit_command
 from .output import Output, output_in
 from .sample import sample_command
@@ -31,10 +31,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (`sys.argv` by default) and returns its exit code."""
     args = parser().parse_args(argv)
-    output = None
+    output, received = None, []
     try:
         with (
-            terminable(),
+            terminable() as received,
             warnings_in_one_line(),
             _threads(args.threads),
             pyro.get_param_store().scope(),
@@ -45,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         return complain(f"error: {error}", error.code)
-    except KeyboardInterrupt as stop:
-        kept = f"wrote {', '.join(output.written)}" if output and output.written else "earlier results are as they were"  # fmt: skip
-        is_term = isinstance(stop, Terminated)
-        return complain(f"{'terminated' if is_term else 'interrupted'}; {kept}", 143 if is_term else 130)  # fmt: skip
+    except KeyboardInterrupt:
+        kept = "earlier results are as they were"
+        if output is not None and output.written:
+            kept = f"wrote {', '.join(output.written)}"
+        if received:
+            return complain(f"terminated; {kept}", 143)
+        return complain(f"interrupted; {kept}", 130)
     if output.complaint is not None:
         return complain(output.complaint, 3)
     return 0

@@ -17,7 +17,7 @@ from ..testing.targets import TARGETS
 EXAMPLES = """\
 examples:
   pyro-flows demo
-  pyro-flows fit eight-schools --guide iaf --steps 4000 --seed 0 --output results
+  pyro-flows fit eight-schools --guide iaf --seed 0 --output results
   pyro-flows fit my_model.py:model --data my_data.csv --output results
   pyro-flows density my_data.csv --flow nsf --output density
   pyro-flows sample results --num-samples 1000
@@ -38,17 +38,18 @@ data:
 
 files in the output directory, the first two before all others:
   guide.pt       the guide, for pyro-flows sample    posterior.nc   draws, for arviz.from_netcdf
-  fit.json       k-hat, ESS, ELBO, settings          posterior.png  densities of the parameters
+  fit.json       verdict, k-hat, ESS, ELBO, ...      posterior.png  densities of the parameters
   summary.csv    mean, sd and quantiles              loss.png       the bound, step by step
   Of these, posterior.nc contains your data (the group observed_data); guide.pt and fit.json contain the path of the
   data file and a checksum. Ctrl-C and SIGTERM keep what there is so far, marked as unfinished in fit.json.
 
 reading the last lines:
-  k-hat below 0.7 and an ESS near the number of draws say that the guide is close to the posterior where it goes;
-  the ELBO, in nats, is higher the closer it is, and compares guides of one model.
+  a fit ends as trusted when the weights of the guide's draws are even (k-hat below 0.7, ESS above half of the draws)
+  and chains that start from these draws do not drift, or mix, and then their draws are the ones written. Otherwise
+  the lines say why not, and what to try next. The ELBO, in nats, compares guides of one model: higher is closer.
 
 examples:
-  pyro-flows fit eight-schools --guide iaf --steps 4000 --seed 0 --output results
+  pyro-flows fit eight-schools --guide iaf --seed 0 --output results
   pyro-flows fit my_model.py:model --data my_data.json --guide planar --num-layers 8
 """
 
@@ -163,8 +164,12 @@ def _add_fit(commands: Any) -> None:
     _add_kind(fit, "--guide", GUIDES, "iaf")
     fit.option("--num-layers", "layers of the flow (default: by guide)", type=_at_least(1))
     fit.list_of("targets", "guides")
-    _add_training(fit, "pyro-flows-output", steps=2000, lr=0.02)
-    _add_draws(fit)
+    _add_training(fit, "pyro-flows-output", steps=None, lr=0.02)
+    _add_rounds(fit)
+    text = "write a checkpoint every few seconds, so that --resume can go on after a crash"
+    fit.add_argument("--checkpoint", action="store_true", help=text)
+    text = "go on from the checkpoint of an unfinished run with the same options, and write one"
+    fit.add_argument("--resume", action="store_true", help=text)
     text = "write the log likelihood of every draw and row even where it is more than 10^7 numbers"
     fit.add_argument("--log-likelihood", action="store_true", help=text)
     fit.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -208,9 +213,9 @@ def _add_sample(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     demo = _command(commands, "demo", "Compare independent normals with a flow on eight schools.")
-    _add_training(demo, "demo-output", steps=1500, lr=0.02)
-    _add_draws(demo)
-    demo.set_defaults(quiet=False, log_likelihood=False)
+    _add_training(demo, "demo-output", steps=None, lr=0.02)
+    _add_rounds(demo)
+    demo.set_defaults(quiet=False, log_likelihood=False, checkpoint=False, resume=False)
 
 
 # --- arguments of several commands ---
@@ -220,16 +225,23 @@ def _add_kind(parser: _Parser, name: str, kinds: Mapping[str, Any], default: str
     parser.option(name, ", ".join(kinds), default, choices=kinds, metavar="NAME")
 
 
-def _add_training(parser: _Parser, output: str, steps: int, lr: float) -> None:
+def _add_training(parser: _Parser, output: str, steps: int | None, lr: float) -> None:
     parser.option("--output", "where to write", Path(output), type=Path, metavar="DIR")
-    parser.option("--steps", "of the optimizer", steps, type=_at_least(1))
+    text = (
+        "of the optimizer"
+        if steps
+        else "a fixed number of steps, without a verdict (default: until trusted)"
+    )
+    parser.option("--steps", text, steps, type=_at_least(1))
     parser.option("--lr", "Adam's rate at the start", lr, type=_positive, metavar="RATE")
 
 
-def _add_draws(parser: _Parser) -> None:
-    parser.option("--particles", "draws a step", 64, type=_at_least(1))
-    text = "draws to summarise, weigh and write"
-    parser.option("--num-samples", text, 20_000, type=_at_least(2))
+def _add_rounds(parser: _Parser) -> None:
+    parser.option("--max-steps", "the most steps of the optimizer", 5000, type=_at_least(1))
+    text = "draws a step (default: 64, fewer where they are slow)"
+    parser.option("--particles", text, type=_at_least(1))
+    text = "draws to summarise and write, of guides; chains have as many as they ran"
+    parser.option("--num-samples", text, 10_000, type=_at_least(2))
 
 
 # --- types ---

@@ -37,10 +37,6 @@ class CommandError(Exception):
         self.code = code
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
-
-
 @contextmanager
 def failing_with(code: int, *kinds: type[Exception]) -> Iterator[None]:
     """Turns errors of these kinds into a `CommandError`."""
@@ -53,18 +49,20 @@ def failing_with(code: int, *kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raises `Terminated` at SIGTERM inside the block."""
+def terminable() -> Iterator[list[int]]:
+    """Handles SIGTERM as Ctrl-C inside the block; the list that it yields then holds the signal."""
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        received.append(number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield
+        yield received
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -119,6 +119,8 @@ def _evaluate(
     with poutine.block():
         first = poutine.condition(model, {name: value[0] for name, value in samples.items()})
         trace = poutine.trace(first).get_trace(*args, **kwargs)
+    # Guides have auxiliary sites of their own, such as the unconstrained values of AutoNormal.
+    samples = {name: value for name, value in samples.items() if name in trace.nodes}
     latents = [read_latent(name, trace.nodes[name]) for name in samples]
     log_joint, log_likelihood = LogJoint(model, args, kwargs, latents=latents).at(samples)
     unknown = torch.full_like(log_joint, torch.nan)
@@ -200,7 +202,10 @@ def _from_groups(
     # By version: to a question for a name that is gone, such as InferenceData, 1.x has a warning and a stand-in.
     from_dict: Any = arviz.from_dict
     if int(arviz.__version__.split(".")[0]) < 1:
-        return from_dict(**groups, coords=coords, dims=dims)
+        with warnings.catch_warnings():
+            # Many short chains are meant, and not draws and chains in the wrong order.
+            warnings.filterwarnings("ignore", "More chains", UserWarning)
+            return from_dict(**groups, coords=coords, dims=dims)
     return from_dict(groups, coords=coords, dims=dims)
 
 

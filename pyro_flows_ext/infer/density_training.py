@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import Density
+from ..programs import describe_nonfinite
 from ._loop import (
     MAX_BAD_STEPS,
     OptimFactory,
@@ -322,9 +323,9 @@ def _check_rows(name: str, density: Density, rows: Any, like: Tensor) -> None:
     if not isinstance(rows, Tensor) or rows.dim() == 0 or len(rows) == 0:
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"{name}: expected a tensor with at least one row, got {got}")
-    num_bad = int((~rows.isfinite()).sum())
-    if num_bad:
-        raise ValueError(f"{name}: {num_bad} of {rows.numel()} values are NaN or infinite")
+    problem = describe_nonfinite(name, rows)
+    if problem is not None:
+        raise ValueError(f"{problem}: leave such rows out")
     scored = density.log_prob(rows[:1].to(like)).shape  # which refuses events of other shapes
     if scored != (1,):
         raise ValueError(

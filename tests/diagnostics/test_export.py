@@ -363,3 +363,12 @@ def test_a_deterministic_site_that_sums_over_the_batch_is_computed_draw_by_draw(
     guide()
     posterior = to_inference_data(model, guide, num_samples=5)["posterior"]
     np.testing.assert_allclose(posterior["total"], posterior["w"].sum(axis=-1), rtol=1e-5)
+
+
+def test_draws_by_chain_with_sites_that_the_model_lacks() -> None:
+    draws = {"mu": torch.randn(7, 3), "slope": torch.randn(7, 3, 3), "eta": torch.randn(7, 3, 4)}
+    draws["mu_unconstrained"] = draws["mu"]  # as AutoNormal has
+    guide = AutoNormal(schools)
+    posterior = to_inference_data(schools, guide, Y, draws=draws)["posterior"]
+    assert {"mu", "slope", "eta", "theta", "twice"} == set(posterior.data_vars)
+    np.testing.assert_array_equal(posterior["mu"].values, draws["mu"].numpy())

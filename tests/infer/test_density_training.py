@@ -262,7 +262,7 @@ REFUSED = {
     "a list": ({"data": [[1.0, 2.0]]}, "data: expected a tensor with at least one row, got list"),
     "event": ({"data": torch.zeros(9, 3)}, r"expected a tensor of shape \(\*, 2\), got \(1, 3\)"),
     "grid": ({"data": torch.zeros(9, 4, 2)}, r"data: expected rows \(N, 2\)"),
-    "nan": ({"data": torch.tensor([[0.0, math.nan]])}, "data: 1 of 2 values are NaN"),
+    "nan": ({"data": torch.tensor([[0.0, math.nan]])}, "data: 1 of 2 values is NaN, the first in row 0"),
     "validation": ({"validation": torch.tensor([[math.inf, 1.0]])}, "validation: 1 of 2 values"),
 }  # fmt: skip
 

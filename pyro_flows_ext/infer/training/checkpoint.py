@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from ...files import write_atomically
 
 # The version of the format; files of a newer one are refused.
 FORMAT = 1
@@ -20,17 +22,9 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Writes tensors and plain values to a file that is either the old one or the new one, whatever happens."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=f".{target.name}-", delete=False
-    ) as file:
-        try:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, target)
+    buffer = io.BytesIO()  # torch may abort the process where it cannot write
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(target, buffer.getvalue())
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

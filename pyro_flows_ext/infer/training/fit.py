@@ -19,6 +19,7 @@ from ...programs import (
     ERRORS,
     LogJoint,
     Program,
+    check_finite_log_joint,
     check_latents,
     check_shapes,
     latent_sites,
@@ -94,7 +95,8 @@ def fit(
         progress: a bar, or lines where there is no terminal, on standard error.
 
     Raises:
-        ValueError: for arguments out of range, model and guide that do not match, and shapes that Pyro refuses.
+        ValueError: for arguments out of range, NaN or infinite data that the model does not mask, model and guide that do
+            not match, and shapes that Pyro refuses.
         FloatingPointError: after 100 steps in a row without a finite gradient.
 
     Example:
@@ -107,6 +109,7 @@ def fit(
     """
     options = _options(locals())
     model, guide = model_first(model, guide)
+    check_finite_log_joint(model, args, kwargs)
     with seeded(seed):
         begin = time.perf_counter()
         is_new = _set_up(guide, args, kwargs)

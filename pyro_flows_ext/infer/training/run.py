@@ -308,7 +308,9 @@ class Run:
         with torch.no_grad():
             predictive = pyro.infer.Predictive(self.guide, num_samples=num)
             draws = predictive(*self.args, **self.kwargs)
-        return {k: v for k, v in draws.items() if not k.startswith("_")}
+        # Without sites of the guide alone, such as the unconstrained values of AutoNormal.
+        own = {f"{name}_unconstrained" for name in draws}
+        return {k: v for k, v in draws.items() if not k.startswith("_") and k not in own}
 
 
 def mean_and_se(window: torch.Tensor) -> tuple[float, float]:
