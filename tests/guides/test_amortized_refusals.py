@@ -182,7 +182,7 @@ def test_arguments_that_change_the_latents_of_a_datum():
 
     guide = AutoAmortizedFlow(model, encoder())
     guide.setup(X, 2)
-    with pytest.raises(ValueError, match=r"'z' has event shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"the latents of a datum are .*\(3,\)"):
         guide(X, 3)
     with pytest.raises(ValueError, match="the latents of a datum are"):
         guide(X[:5], 2)
