@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from pyro_flows_ext.transforms import FlowTransform, conditional_planar
+from pyro_flows_ext.transforms import FlowTransform, Planar
 
 
 class Scale(FlowTransform):
@@ -102,16 +102,15 @@ class WrongShape(Scale):
         return y, ladj.unsqueeze(-1)
 
 
-class SharedDraw(nn.Module):
-    """A conditional transform that hides its batch shape, so that all rows get one draw of the base."""
+class SharedDraw(Planar):
+    """A transform that hides the batch shape of its context, so that all rows get one draw of the base."""
 
     def __init__(self, input_dim):
-        super().__init__()
-        self.flow = conditional_planar(input_dim, 2, (4,))
+        super().__init__(input_dim, context_dim=2, hidden_dims=(4,))
 
     def condition(self, context):
-        transform = self.flow.condition(context)
-        transform.batch_shape = torch.Size()
+        transform = super().condition(context)
+        transform.__dict__["batch_shape"] = torch.Size()
         return transform
 
 

@@ -10,7 +10,7 @@ from pyro_flows_ext.diagnostics import plots_images
 from pyro_flows_ext.distributions import FlowDistribution, glow, realnvp_image
 from pyro_flows_ext.transforms import Squeeze
 
-SMALL = {"hidden_channels": 4, "num_steps": 2, "num_blocks": 1}
+SMALL = {"hidden_channels": 4, "num_layers": 2, "num_blocks": 1}
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,6 @@ assert pyro.param("loc").item() != 0
 @pytest.mark.parametrize(
     "missing",
     [
-        "torch.utils._python_dispatch",
         "torch._inductor.decomposition",
         "torch._higher_order_ops.while_loop",
     ],
