@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from time_to_posterior_problems import NAMES, errors, is_right
 
 Row = dict[str, Any]
@@ -94,6 +95,12 @@ def number(value: float, form: str) -> str:
     return "–" if math.isnan(value) else format(value, form)
 
 
+def span(rows: list[Row]) -> str:
+    """The range of the ratios of sds."""
+    low, high = median(rows, "sd_low"), median(rows, "sd_high")
+    return "–" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
+
+
 def print_posteriors(cells: Cells, names: list[str]) -> None:
     """A Markdown table with a row for each posterior."""
     print(
@@ -105,21 +112,18 @@ def print_posteriors(cells: Cells, names: list[str]) -> None:
         fit, nuts = cells.get((name, "fit"), []), cells.get((name, "nuts"), [])
 
         def columns(rows: list[Row]) -> tuple[str, str, str]:
-            timing = f"{number(median(rows, 'cpu'), '.1f')} ({number(median(rows, 'wall'), '.0f')})"
-            low, high = median(rows, "sd_low"), median(rows, "sd_high")
-            return (
-                timing,
-                number(median(rows, "mean_error"), ".3f"),
-                f"{number(low, '.2f')} to {number(high, '.2f')}",
-            )
+            cpu, wall = median(rows, "cpu"), median(rows, "wall")
+            timing = "–" if math.isnan(cpu) else f"{cpu:.1f} ({wall:.0f})"
+            return timing, number(median(rows, "mean_error"), ".3f"), span(rows)
 
         ours, theirs = columns(fit), columns(nuts)
         right = ", ".join("yes" if row["right"] else "no" for row in fit if "right" in row)
         ess, divergences = median(nuts, "ess"), median(nuts, "divergences")
+        draws = "–" if math.isnan(ess) else f"{ess:.0f}, {divergences:.0f}"
         print(
             f"| {short(name)} | {(fit + nuts)[0]['dim']} | {ours[0]} | {verdict_words(fit) if fit else '–'} | {ours[1]} "
             f"| {ours[2]} | {right or '–'} | {theirs[0]} | {theirs[1]} | {theirs[2]} "
-            f"| {number(ess, '.0f')}, {number(divergences, '.0f')} | {number(seconds_per_400(nuts), '.1f')} "
+            f"| {draws} | {number(seconds_per_400(nuts), '.1f')} "
             f"| {number(ratio(fit, nuts), '.2f')} |"
         )
 
@@ -131,11 +135,10 @@ def print_stock(cells: Cells, names: list[str]) -> None:
         print(f"\n| {kind} | CPU s | worst mean error | sds |\n|---|---|---|---|")
         for name in names:
             if rows := cells.get((name, kind)):
-                low, high = median(rows, "sd_low"), median(rows, "sd_high")
                 print(
                     f"| {short(name)} | {number(median(rows, 'cpu'), '.1f')} "
                     f"| {number(median(rows, 'mean_error'), '.3f')} "
-                    f"| {number(low, '.2f')} to {number(high, '.2f')} |"
+                    f"| {span(rows)} |"
                 )
 
 
@@ -182,6 +185,10 @@ def draw(cells: Cells, names: list[str]) -> Figure:
     axes.text(0.995, 0.155, "0.15 sd", transform=axes.get_yaxis_transform(), ha="right", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.set_xlabel("CPU seconds, compilation included")
     axes.set_ylabel("largest error of a posterior mean, reference sds")
     axes.legend(fontsize=8, frameon=False)
