@@ -205,7 +205,9 @@ def test_sample_from_the_trained_guide(kind: str, model_file: Path, run: Run) ->
     assert run(*fit_mine(model_file, "model", *options)).code == 0
     target = ["--target", f"{model_file}:model"]
     done = run("sample", out, "--num-samples", 500, *target)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
+    # Short runs of some guides are not good ones, and a warning says so.
+    assert not done.err or done.err.startswith("pyro-flows: warning: draws of the guide itself")
     draws = np.load(out / "draws.npz")["mu"]
     assert draws.shape == (500,)
     with (out / "summary.csv").open(newline="") as file:
