@@ -201,12 +201,12 @@ def _from_groups(
         import arviz
     # By version: to a question for a name that is gone, such as InferenceData, 1.x has a warning and a stand-in.
     from_dict: Any = arviz.from_dict
-    if int(arviz.__version__.split(".")[0]) < 1:
-        with warnings.catch_warnings():
-            # Many short chains are meant, and not draws and chains in the wrong order.
-            warnings.filterwarnings("ignore", "More chains", UserWarning)
+    with warnings.catch_warnings():
+        # Many short chains are meant, and not draws and chains in the wrong order: so say 0.x and 1.x.
+        warnings.filterwarnings("ignore", "More chains|Found chain dimension", UserWarning)
+        if int(arviz.__version__.split(".")[0]) < 1:
             return from_dict(**groups, coords=coords, dims=dims)
-    return from_dict(groups, coords=coords, dims=dims)
+        return from_dict(groups, coords=coords, dims=dims)
 
 
 # --- the model ---
