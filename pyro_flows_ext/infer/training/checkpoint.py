@@ -15,7 +15,7 @@ import torch
 from ...files import write_atomically
 
 # The version of the format; files of a newer one are refused.
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

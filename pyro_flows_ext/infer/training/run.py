@@ -20,7 +20,7 @@ from ...programs import Program, nonfinite_ignored
 from .._loop import OptimFactory, decay, warn_of_skipped
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
-from .objectives import Objective
+from .objectives import Objective, PathObjective
 from .posterior import Posterior
 from .progress import Progress
 from .result import FitResult
@@ -53,6 +53,7 @@ class Options:
     schedule: str
     final_lr: float
     clip_norm: float | None
+    num_particles: int | None
     optim: OptimFactory | PyroOptim | None
     refine: bool | str
     compile: bool | str
@@ -103,7 +104,8 @@ class Run:
     def train(self) -> tuple[str, bool]:
         """Runs to the end: the reason for it, and whether the draws are trusted."""
         try:
-            with _quietly(), _checks_first():
+            # Steps whose loss is not finite are skipped and counted: Pyro's warnings of them are left out.
+            with nonfinite_ignored(), _checks_first():
                 return self._train_fixed() if self.options.is_fixed else self._train_rounds()
         except KeyboardInterrupt:
             self.best.restore()
@@ -148,9 +150,11 @@ class Run:
             if self._evaluate_round():
                 return "trusted", True
             self._call_back()
-            self._save()
             if self.check is not None and self.check.findings:
                 break
+            # A run that is killed in its last check would go on with another round if its end were saved.
+            if self.level < LEVEL_ROUNDS or self.state.stop:
+                self._save()
             if self.state.stop or self.level >= LEVEL_ROUNDS:
                 return ("interrupted" if self.state.stop else "level"), self._is_trusted_at_last()
         else:
@@ -243,8 +247,10 @@ class Run:
                 "losses": torch.tensor(self.state.losses, dtype=torch.float64),
                 "guide": self.guide.state_dict() if isinstance(self.guide, torch.nn.Module) else {},
                 "trainer": self.trainer.state(),
+                "num_particles": getattr(self.trainer.objective, "num_particles", None),
                 "best": best,
                 "budget": None if self.check is None else self.check.budget,
+                "num_imprecise": 0 if self.check is None else self.check.num_imprecise,
                 "modes": [[m.loc, m.log_joint, m.log_mass, m.num_climbs] for m in self.modes],
                 "random": files.random_state(),
             },
@@ -256,6 +262,10 @@ class Run:
         saved = files.load(self.options.checkpoint)  # type: ignore[arg-type]
         if isinstance(self.guide, torch.nn.Module):
             self.guide.load_state_dict(saved["guide"])
+        objective = self.trainer.objective
+        if self.options.num_particles is None and isinstance(objective, PathObjective):
+            # The default depends on the seconds that a gradient takes, which differ between runs.
+            objective.num_particles = saved["num_particles"]
         self.trainer.load_state(saved["trainer"])
         self.state.step, self.state.round = saved["step"], saved["round"]
         self.in_round, self.level = saved["in_round"], saved["level"]
@@ -266,6 +276,7 @@ class Run:
         self.modes = [Mode(*values) for values in saved["modes"]]
         if self.check is not None:
             self.check.modes, self.check.budget = self.modes, saved["budget"]
+            self.check.num_imprecise = saved["num_imprecise"]
         files.set_random_state(saved["random"])
 
     # --- the result ---
@@ -330,13 +341,6 @@ def _window(losses: torch.Tensor) -> tuple[float, float, bool]:
     before, before_se = mean_and_se(losses[middle : middle + size])
     # Comparisons with NaN are False: an estimate that is not there is not level.
     return -mean, se, before - mean <= TOLERANCE + 2 * math.hypot(se, before_se)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Pyro's warnings of losses that are not finite: such steps are skipped and counted."""
-    with nonfinite_ignored():
-        yield
 
 
 @contextmanager

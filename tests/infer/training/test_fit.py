@@ -1,7 +1,10 @@
 """`fit` until trusted: verdicts against known posteriors, and the contract of a run."""
 
 import math
+import subprocess
+import sys
 import warnings
+from importlib import import_module
 
 import pyro
 import pyro.distributions as dist
@@ -225,6 +228,58 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(
         losses_of(path, True, guide_class=guide_class), whole, rtol=0, atol=0
     )
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def correlated():
+    w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    pyro.factor("close", -0.5 * ((w[..., 0] - w[..., 1]) / 0.05) ** 2)
+
+
+def test_a_run_killed_in_its_last_check_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
+    def run(guide, resume):
+        pyro.clear_param_store()
+        options = {"refine": False, "max_steps": 3000, "seed": 1, "progress": False}
+        path = tmp_path / "fit.ckpt"
+        return fit(correlated, guide(correlated), checkpoint=path, resume=resume, **options)
+
+    monkeypatch.setattr("pyro_flows_ext.infer.training.run.LEVEL_ROUNDS", 1)
+    whole = run(AutoNormal, False)
+    assert whole.reason == "level"
+    (tmp_path / "fit.ckpt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_flows_ext.infer.training.run.Run._is_trusted_at_last", lambda _: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run(AutoNormal, False)
+    resumed = run(AutoNormal, True)
+    assert resumed.reason == "level"
+    torch.testing.assert_close(resumed.losses, whole.losses, rtol=0, atol=0)
+    assert resumed.elbo == whole.elbo
+
+
+def test_a_resumed_run_keeps_its_number_of_particles(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+    module = import_module(
+        "pyro_flows_ext.infer.training.fit"
+    )  # the package has a function of this name
+    monkeypatch.setattr(module, "DEAR_SECONDS", math.inf)
+    path = tmp_path / "fit.ckpt"
+    whole = losses_of(path, False, num_steps=60)
+    path.unlink()
+    with pytest.raises(RuntimeError, match="killed"):
+        losses_of(path, False, stop_at=50, num_steps=60)
+    # On a slower machine the default would be fewer.
+    monkeypatch.setattr(module, "DEAR_SECONDS", 0.0)
+    torch.testing.assert_close(losses_of(path, True, num_steps=60), whole, rtol=0, atol=0)
+
+
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
+    write = "import os, sys; os.fsync = lambda _: os.kill(os.getpid(), 9); import pyro_flows_ext.files as f; "
+    killed = [sys.executable, "-c", write + "f.write_atomically(sys.argv[1], b'half')"]
+    path = tmp_path / "fit.ckpt"
+    subprocess.run([*killed, str(path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    losses_of(path, False, num_steps=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
