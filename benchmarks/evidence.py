@@ -57,9 +57,9 @@ def main() -> None:
                 )
                 torch.manual_seed(options.seed + 1)
                 weighed = pf.importance(model, guide, num_samples=options.draws)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, FloatingPointError) as error:
             counts["no evidence"] += 1
-            print(f"{i:2d} {names[i]:22s} exact {exact:.4f}, refused: {error}", flush=True)
+            print(f"{i:2d} {names[i]:22s} exact {exact:.4f}, no fit: {error}", flush=True)
             continue
         error = weighed.log_evidence - exact
         errors = error / (weighed.log_evidence_se + ROUNDING)
