@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all lint format notebooks clean
+.PHONY: demo test test-slow test-all fuzz lint format notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/pyro-flows demo
@@ -18,6 +18,10 @@ test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 -q -m slow
 
 test-all: test test-slow
+
+# Ten thousand generated calls; not a part of the continuous integration.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --calls 10000
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
