@@ -80,6 +80,7 @@ def train(flow: MultiScaleFlow, data: Tensor, seed: int, options: Any) -> Dequan
     fit_density(
         density,
         data,
+        validation=None,
         batch_size=options.batch,
         num_steps=options.steps,
         lr=options.lr,

@@ -55,6 +55,7 @@ def train(data: Tensor, weight: float, options: argparse.Namespace, seed: int) -
     fit_density(
         flow,
         data,
+        validation=None,
         batch_size=options.batch,
         num_steps=options.steps,
         lr=options.lr,

@@ -35,6 +35,8 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = True
     exact_log_prob = True
+    # The length of the context that `condition` takes; 0 for none.
+    context_dim = 0
     # Whether log_prob and draws of the class pass through `standardization`.
     can_standardize = False
     standardization: Standardize | None
@@ -192,7 +194,10 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
         return {name: value for name, value in self.__dict__.items() if name != "_whole"}
 
     def __repr__(self) -> str:
-        return nn.Module.__repr__(self).replace("  (standardization): None\n", "")
+        text = nn.Module.__repr__(self)
+        for name in ("standardization", "context_standardization"):
+            text = text.replace(f"  ({name}): None\n", "")
+        return text
 
     def extra_repr(self) -> str:
         batch = f"batch_shape={tuple(self.batch_shape)}, " if self.batch_shape else ""

@@ -1,7 +1,7 @@
 """Training guides and densities: bounds, annealing, and where to begin."""
 
 from .compiled import CompiledSVI
-from .density_training import DensityFitResult, fit_density
+from .density import DensityFitResult, DensityTrainingState, fit_density
 from .elbo import AnnealedELBO, ImportanceWeightedELBO, cosine, linear, rezende
 from .importance import ImportanceResult, importance
 from .refine import RefineResult, refine
@@ -12,6 +12,7 @@ __all__ = [
     "AnnealedELBO",
     "CompiledSVI",
     "DensityFitResult",
+    "DensityTrainingState",
     "FitResult",
     "ImportanceResult",
     "ImportanceWeightedELBO",

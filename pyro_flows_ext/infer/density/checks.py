@@ -1,0 +1,240 @@
+"""What is checked of data before a density trains on them, and the units in which its layers see them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...distributions import Density, Dequantized, FlowDistribution
+from .rows import HEAD_ROWS, Batch, Rows, Stream
+
+CHUNK = 65_536
+# Scales within two decades of one, and means within a hundred scales, are what the layers' initial values are made for.
+LEAST_SCALE, LARGEST_SCALE, LARGEST_MEAN = 1e-2, 1e2, 1e2
+# Columns whose scales differ by more than this are standardised although each is within the range above.
+LARGEST_RATIO = 1e3
+# A column of fewer distinct values than one in this many rows repeats them: real numbers hardly ever do.
+REPEATS = 10
+# Rows below which repeated values are a matter of chance and rounding.
+MIN_ROWS = 20
+# Whole numbers whose standard deviation exceeds so many steps are as good as real ones.
+MANY_LEVELS = 1000
+# Spacing of a dtype's numbers, in standard deviations of a column, above which rounding shapes the density.
+COARSE = 1e-2
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means and standard deviations by element of a row, float64, of `count` rows."""
+
+    count: int
+    mean: Tensor
+    sd: Tensor
+
+    def per_channel(self) -> Moments:
+        """Over the pixels of images `(C, H, W)`: `(C, 1, 1)`."""
+        mean = self.mean.mean((-2, -1), keepdim=True)
+        within = self.sd.square() + (self.mean - mean).square()
+        return Moments(self.count, mean, within.mean((-2, -1), keepdim=True).sqrt())
+
+
+def check_rows(name: str, rows: Rows, dtype: torch.dtype, part: str = "values") -> Moments:
+    """The moments of all rows. Raises `ValueError` for NaN, infinite values and those beyond the dtype.
+
+    Of a stream its first rows are read, and the others when they come.
+    """
+    count = 0
+    sums: Tensor | None = None
+    chunks = [rows.head(HEAD_ROWS)] if isinstance(rows, Stream) else rows.chunks(CHUNK)
+    for chunk in chunks:
+        batch = getattr(chunk, part)
+        check_finite(name, batch, dtype, rows.columns if part == "values" else None, count)
+        batch = batch.to(torch.float64)
+        if sums is None:
+            first, sums = batch[0], torch.zeros(2, *batch.shape[1:]).to(batch)
+        # Sums of squares about a value among the data lose no digits to a large mean.
+        shifted = batch - first
+        sums = sums + torch.stack([shifted.sum(0), shifted.square().sum(0)])
+        count += len(batch)
+    mean, square = (torch.as_tensor(sums) / count).unbind()
+    return Moments(count, first + mean, (square - mean.square()).clamp(min=0).sqrt())
+
+
+def check_finite(
+    name: str, batch: Tensor, dtype: torch.dtype, columns: list[str] | None = None, start: int = 0
+) -> None:
+    """`ValueError` with count, first row and column of what is NaN, infinite or beyond the dtype."""
+    if not batch.is_floating_point():
+        return
+    for bad, kind, advice in (
+        (~batch.isfinite(), "NaN or infinite values", "remove or impute them"),
+        (
+            ~batch.to(dtype).isfinite(),
+            f"values beyond {dtype}",
+            "rescale them, or density.double()",
+        ),
+    ):
+        rows = bad.flatten(1).any(1) if bad.dim() > 1 else bad
+        if bool(rows.any()):
+            first = int(rows.nonzero()[0])
+            where = _where(bad[first], columns)
+            raise ValueError(
+                f"{name}: {int(rows.sum())} of {len(batch)} rows have {kind}, first row {start + first}{where}; {advice}"
+            )
+
+
+def _where(bad: Tensor, columns: list[str] | None) -> str:
+    if bad.dim() != 1:
+        return ""
+    column = int(bad.nonzero()[0])
+    return f", column {columns[column]!r}" if columns else f", column {column}"
+
+
+def warn_of_discrete(name: str, density: Density, rows: Rows, moments: Moments) -> None:
+    """Warns of columns that are constant, whole numbers or few distinct values: a density is unbounded on them."""
+    if any(isinstance(part, Dequantized) for part in density.modules()):
+        return
+    values = rows.head(HEAD_ROWS).values
+    if values.dim() != 2:
+        return
+    constant = moments.sd <= 1e-12 * moments.mean.abs()
+    repeated = _repeats(values, moments.sd) & ~constant
+    parts = [
+        _listed(mask, rows.columns, kind)
+        for mask, kind in (
+            (constant, "constant"),
+            (repeated, "whole numbers or few distinct values"),
+        )
+        if bool(mask.any())
+    ]
+    if parts:
+        numbers = values.double()
+        is_whole = bool(((numbers >= 0) & (numbers == numbers.round())).all())
+        levels = int(numbers.max()) + 1 if is_whole and not bool(constant.any()) else None
+        way = (
+            f"Dequantized(density, num_levels={levels})"
+            if levels
+            else "Dequantized, for whole numbers from 0"
+        )
+        warnings.warn(
+            f"{name}: {', '.join(parts)}: the likelihood of a density of real numbers has no bound there; wrap the "
+            f"density in {way}, leave the columns out, or add noise of the width of a step",
+            stacklevel=4,
+        )
+
+
+def _repeats(values: Tensor, sd: Tensor) -> Tensor:
+    """Which columns of `(N, D)` repeat their values, or are whole numbers."""
+    whole = torch.ones(values.shape[1], dtype=torch.bool)
+    if values.is_floating_point():
+        # Beyond this all numbers of the dtype are whole.
+        limit = 0.5 / torch.finfo(values.dtype).eps
+        whole = ((values == values.round()) & (values.abs() < limit)).all(0).cpu()
+    whole = whole & (sd.cpu() < MANY_LEVELS)
+    if len(values) < MIN_ROWS:
+        return whole.to(sd.device)
+    distinct = torch.tensor([len(column.unique()) for column in values.T])
+    return (whole | (distinct * REPEATS <= len(values))).to(sd.device)
+
+
+def _listed(mask: Tensor, columns: list[str] | None, kind: str) -> str:
+    numbers = mask.nonzero().flatten().tolist()
+    names = [repr(columns[i]) if columns else str(i) for i in numbers[:5]]
+    more = ", ..." if len(numbers) > 5 else ""
+    return f"column{'s' if len(numbers) > 1 else ''} {', '.join(names)}{more} of {kind}"
+
+
+# --- units ---
+
+
+def standardize(
+    density: Density, rows: Rows, moments: Moments, how: bool | str, context: Moments | None
+) -> None:
+    """Sets the units of a density and of its context by the moments of the data.
+
+    "auto": where the data are far from unit scale, the density is of all real numbers, and its layers do better so.
+    """
+    like = next(density.parameters())
+    if moments.mean.dim() == 3:
+        moments = moments.per_channel()
+    if how is False:
+        _warn_of_scales(moments, "pass standardize=True")
+        return
+    if (
+        context is not None
+        and isinstance(density, FlowDistribution)
+        and density.context_standardization is None
+        and (how is True or is_far(context))
+    ):
+        density.standardize_context(context.mean, _positive(context.sd))
+    if density.standardization is not None or (how == "auto" and not is_far(moments)):
+        _check_resolution(moments, like.dtype)
+        return
+    try:
+        before = _score(density, rows.head(512), like) if how == "auto" else -math.inf
+        density.standardize(moments.mean, _positive(moments.sd))
+    except (TypeError, ValueError) as error:
+        if how is True:
+            raise ValueError(f"standardize=True: {error}") from None
+        if not any(isinstance(part, Dequantized) for part in density.modules()):
+            _warn_of_scales(moments, "standardise the data")
+        return
+    # A density that was trained in the units of the data keeps them.
+    if how == "auto" and before > _score(density, rows.head(512), like):
+        density.standardization = None
+    _check_resolution(moments, like.dtype)
+
+
+def is_far(moments: Moments) -> bool:
+    """Whether a column is far from zero mean and unit scale, or the columns' scales from one another."""
+    sd = _positive(moments.sd)
+    far = (sd < LEAST_SCALE) | (sd > LARGEST_SCALE) | (moments.mean.abs() > LARGEST_MEAN)
+    return bool(far.any()) or bool(sd.max() > LARGEST_RATIO * sd.min())
+
+
+@torch.no_grad()
+def _score(density: Density, batch: Batch, like: Tensor) -> float:
+    """The mean objective on a few rows; -inf where it is not finite."""
+    density.eval()
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        torch.manual_seed(0)
+        total = objective(density, batch.to(like)).double().mean().item()
+    return total if math.isfinite(total) else -math.inf
+
+
+def objective(density: Density, batch: Batch) -> Tensor:
+    """The objective by row, given the contexts: `(B)`."""
+    at: Any = density if batch.context is None else density.condition(batch.context)  # type: ignore[operator]
+    return at.objective(batch.values)  # type: ignore[no-any-return]
+
+
+def _positive(sd: Tensor) -> Tensor:
+    """Standard deviations, and one where a column is constant."""
+    return torch.where(sd > 0, sd, torch.ones_like(sd))
+
+
+def _warn_of_scales(moments: Moments, advice: str) -> None:
+    if is_far(moments):
+        sd = _positive(moments.sd)
+        warnings.warn(
+            f"data: expected columns near zero mean and unit scale, got standard deviations from {sd.min():.2g} to "
+            f"{sd.max():.2g} and means up to {moments.mean.abs().max():.2g}; {advice}",
+            stacklevel=5,
+        )
+
+
+def _check_resolution(moments: Moments, dtype: torch.dtype) -> None:
+    """Warns where the dtype rounds a column to few values within a standard deviation."""
+    spacing = moments.mean.abs() * torch.finfo(dtype).eps / _positive(moments.sd)
+    coarse = (spacing > COARSE) & (moments.sd > 0)
+    if bool(coarse.any()):
+        warnings.warn(
+            f"data: {dtype} rounds to {spacing.max():.2g} standard deviations at a mean of "
+            f"{moments.mean.flatten()[spacing.argmax()]:.6g}; subtract an offset from the data, or call density.double()",
+            stacklevel=5,
+        )

@@ -1,0 +1,353 @@
+"""Rows of data with their contexts and weights, from arrays, DataFrames, tensors, datasets and loaders."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+from torch.utils.data import Subset as TorchSubset
+
+# Rows of a stream that are read to learn about it before training.
+HEAD_ROWS = 10_000
+
+
+class Batch(NamedTuple):
+    """Rows `(B, *event_shape)`, their contexts `(B, C)` and weights `(B)`, or None."""
+
+    values: Tensor
+    context: Tensor | None = None
+    weights: Tensor | None = None
+
+    def take(self, rows: Any) -> Batch:
+        """Some of the rows."""
+        return Batch(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+
+    def to(self, like: Tensor) -> Batch:
+        """On the device and in the dtype of a tensor."""
+        return Batch(*(None if part is None else part.to(like) for part in self))  # type: ignore[arg-type]
+
+
+class Rows(Protocol):
+    """Data that can be read many times."""
+
+    columns: list[str] | None
+
+    def epoch(self, batch_size: int) -> Iterator[Batch]:
+        """The rows in a new order; what is left over at the end is left out."""
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """All rows in their order."""
+
+    def head(self, num: int) -> Batch:
+        """About so many rows, spread over the data where it is indexed."""
+
+
+class Table:
+    """Rows in tensors, which may lie in a file that is mapped into memory; with `index`, a selection of them."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        context: Tensor | None = None,
+        weights: Tensor | None = None,
+        columns: list[str] | None = None,
+        index: Tensor | None = None,
+    ):
+        self.parts: tuple[Tensor, Tensor | None, Tensor | None] = (values, context, weights)
+        self.columns, self.index = columns, index
+
+    def __len__(self) -> int:
+        return len(self.parts[0] if self.index is None else self.index)
+
+    def take(self, rows: Any) -> Batch:
+        """The rows of an index or slice."""
+        if self.index is not None:
+            rows = self.index[rows]
+        return Batch(*self.parts).take(rows)
+
+    def epoch(self, batch_size: int) -> Iterator[Batch]:
+        size = min(batch_size, len(self))
+        order = torch.randperm(len(self)).to(self.parts[0].device)  # type: ignore[union-attr]
+        for rows in order[: len(self) // size * size].split(size):
+            yield self.take(rows)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+    def head(self, num: int) -> Batch:
+        step = max(1, len(self) // num)
+        return self.take(slice(0, step * num, step))
+
+    def unsqueeze(self) -> None:
+        """Makes rows `(N, 1)` of numbers `(N)`."""
+        self.parts = (self.parts[0].unsqueeze(-1), *self.parts[1:])
+
+    def select(self, index: Tensor) -> Table:
+        """Some of the rows, in the order of the data, over the same memory."""
+        index = index.sort().values.to(self.parts[0].device)  # type: ignore[union-attr]
+        return Table(*self.parts, self.columns, index)  # type: ignore[arg-type]
+
+
+class Stream:
+    """Batches of an iterable: a loader, or any object that can be iterated more than once."""
+
+    columns: list[str] | None = None
+
+    def __init__(self, name: str, batches: Iterable[Any], takes_context: bool):
+        self.name, self.batches, self.takes_context = name, batches, takes_context
+
+    def epoch(self, batch_size: int) -> Iterator[Batch]:
+        yield from self.chunks(batch_size)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        found = False
+        for item in self.batches:
+            found = True
+            yield self._batch(item)
+        if not found:
+            raise ValueError(f"{self.name}: expected at least one batch, got none")
+
+    def head(self, num: int) -> Batch:
+        parts: list[Batch] = []
+        for batch in self.chunks(num):
+            parts.append(batch)
+            if sum(len(part.values) for part in parts) >= num:
+                break
+        columns = zip(*parts, strict=True)
+        return Batch(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+
+    def _batch(self, item: Any) -> Batch:
+        """A batch of a loader: rows, or (rows, context) and (rows, context, weights) for a density with a context."""
+        parts = tuple(item) if isinstance(item, tuple | list) else (item,)
+        expected = (2, 3) if self.takes_context else (1,)
+        if len(parts) not in expected:
+            kind = "pairs (rows, context)" if self.takes_context else "rows alone"
+            raise ValueError(
+                f"{self.name}: expected batches of {kind}, got {len(parts)} parts; let the dataset return "
+                f"{'both' if self.takes_context else 'no labels'}"
+            )
+        values, context, weights = (*parts, None, None)[:3]
+        rows = as_tensor(self.name, values)[0]
+        return Batch(
+            rows,
+            None if context is None else as_tensor("context", context)[0],
+            None if weights is None else as_tensor("weights", weights)[0],
+        )
+
+
+class _Shuffled:
+    """A dataset with an index, in batches of a new order at each iteration."""
+
+    def __init__(self, dataset: Any, batch_size: int, collate: Any = default_collate):
+        self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
+
+    def __iter__(self) -> Iterator[Any]:
+        size = min(self.batch_size, len(self.dataset))
+        order = torch.randperm(len(self.dataset)).tolist()
+        for start in range(0, len(order) // size * size, size):
+            yield self.collate([self.dataset[i] for i in order[start : start + size]])
+
+
+def read_rows(
+    name: str, data: Any, context: Any, weights: Any, takes_context: bool, batch_size: int
+) -> Rows:
+    """The rows of any data. Raises `TypeError` or `ValueError` for what is none, naming it by `name`."""
+    if isinstance(data, TensorDataset):
+        if context is None and takes_context and len(data.tensors) > 1:
+            data, context = data.tensors[:2]
+        elif len(data.tensors) == 1:
+            data = data.tensors[0]
+        else:
+            raise ValueError(
+                f"{name}: expected a TensorDataset of rows alone for a density without a context, got "
+                f"{len(data.tensors)} tensors; pass data.tensors[0]"
+            )
+    if isinstance(data, Dataset | DataLoader) or _is_stream(data):
+        if context is not None or weights is not None:
+            raise ValueError(
+                f"context, weights: expected None beside a {type(data).__name__}; let it return (rows, context) or "
+                "(rows, context, weights)"
+            )
+        return Stream(name, _loader(name, data, batch_size), takes_context)
+    values, columns = as_tensor(name, data)
+    if values.dim() == 0 or len(values) == 0:
+        raise ValueError(f"{name}: expected at least one row, got shape {tuple(values.shape)}")
+    parts = [
+        None if part is None else _beside(part_name, part, values)
+        for part_name, part in (("context", context), ("weights", weights))
+    ]
+    if parts[0] is not None and parts[0].dim() == 1:
+        parts[0] = parts[0].unsqueeze(-1)
+    if parts[1] is not None:
+        _check_weights(parts[1])
+    return Table(values, parts[0], parts[1], columns)
+
+
+def split_rows(rows: Rows, share: float, batch_size: int) -> tuple[Rows, Rows | None]:
+    """Rows to train on and rows to validate with, a random share; none where that is less than one row."""
+    if isinstance(rows, Table):
+        num = round(share * len(rows))
+        if num == 0 or num == len(rows):
+            return rows, None
+        order = torch.randperm(len(rows))
+        return rows.select(order[num:]), rows.select(order[:num])
+    source = rows.batches  # type: ignore[attr-defined]
+    dataset = getattr(source, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or not _is_plain(source):
+        raise ValueError(
+            "validation: expected rows or a loader of its own for data that comes in batches, got a share; or None "
+            "to train without"
+        )
+    num = round(share * len(dataset))
+    if num == 0:
+        return rows, None
+    shuffled = torch.randperm(len(dataset)).tolist()
+    subsets = [TorchSubset(dataset, shuffled[num:]), TorchSubset(dataset, shuffled[:num])]
+    if isinstance(source, _Shuffled):
+        kept, held = subsets
+        sources: list[Any] = [
+            _Shuffled(kept, batch_size, source.collate),
+            DataLoader(held, batch_size, collate_fn=source.collate),
+        ]
+    else:
+        options = {
+            "batch_size": source.batch_size,
+            "num_workers": source.num_workers,
+            "collate_fn": source.collate_fn,
+        }
+        shuffle = isinstance(source.sampler, RandomSampler)
+        sources = [
+            DataLoader(subset, shuffle=shuffle and i == 0, **options)
+            for i, subset in enumerate(subsets)
+        ]
+    takes_context = rows.takes_context  # type: ignore[attr-defined]
+    return Stream("data", sources[0], takes_context), Stream(
+        "validation", sources[1], takes_context
+    )
+
+
+def as_tensor(name: str, data: Any) -> tuple[Tensor, list[str] | None]:
+    """A tensor of real numbers over the same memory where possible, and the names of the columns of a DataFrame."""
+    columns = None
+    if not isinstance(data, Tensor):
+        if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+            columns = [str(column) for column in data.columns]
+            _check_columns(name, data, columns)
+        if hasattr(data, "toarray"):
+            raise TypeError(
+                f"{name}: expected a dense array, got a sparse {type(data).__name__}; call .toarray() first"
+            )
+        if not (hasattr(data, "__array__") or hasattr(data, "to_numpy")):
+            raise TypeError(
+                f"{name}: expected a tensor, an array, a DataFrame, a Dataset or a DataLoader, got a "
+                f"{type(data).__name__}; torch.as_tensor makes a tensor of numbers"
+            )
+        data = _from_numpy(name, data)
+    if data.is_complex() or data.layout != torch.strided:
+        kind = "complex" if data.is_complex() else "sparse"
+        raise TypeError(f"{name}: expected a dense tensor of real numbers, got a {kind} one")
+    return data.detach(), columns
+
+
+def _from_numpy(name: str, data: Any) -> Tensor:
+    array: Any = data.to_numpy() if hasattr(data, "to_numpy") else np.asanyarray(data)
+    if isinstance(array, np.ma.MaskedArray):
+        array = np.ma.filled(array.astype(float), np.nan)
+    if array.dtype == object:
+        try:
+            array = array.astype(float)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name}: expected numbers, got an array of objects: {error}") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: expected real numbers, got an array of {array.dtype}")
+    if array.dtype.kind == "u" or array.dtype.itemsize > 8:
+        array = array.astype(np.float64)  # torch has few operations on these
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        # A mapped file is read-only, and nothing here writes.
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.from_numpy(np.asarray(array))
+
+
+def _check_columns(name: str, frame: Any, columns: list[str]) -> None:
+    """`TypeError` that names the columns of a DataFrame that hold no numbers."""
+    bad = [
+        column for column, kind in zip(columns, frame.dtypes, strict=True) if not _is_number(kind)
+    ]
+    if bad:
+        raise TypeError(
+            f"{name}: expected columns of numbers, got others: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; "
+            "leave them out or encode them"
+        )
+
+
+def _is_number(kind: Any) -> bool:
+    text = str(kind).lower()
+    return text.startswith(("int", "uint", "float", "bool", "double"))
+
+
+def _beside(name: str, data: Any, values: Tensor) -> Tensor:
+    """A tensor with a row for each of the values."""
+    tensor, _ = as_tensor(name, data)
+    if tensor.dim() == 0 or len(tensor) != len(values):
+        raise ValueError(
+            f"{name}: expected one row for each of the {len(values)} rows of data, got shape {tuple(tensor.shape)}"
+        )
+    return tensor.to(values.device)
+
+
+def _check_weights(weights: Tensor) -> None:
+    if weights.dim() != 1:
+        raise ValueError(f"weights: expected shape (N,), got {tuple(weights.shape)}")
+    if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool(weights.sum() > 0):
+        raise ValueError("weights: expected finite numbers >= 0 with a positive sum")
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether an object gives batches when iterated, and is no array or list of numbers."""
+    if isinstance(data, Tensor) or hasattr(data, "__array__") or hasattr(data, "to_numpy"):
+        return False
+    if isinstance(data, list | tuple):
+        return bool(data) and isinstance(data[0], Tensor | tuple)
+    return hasattr(data, "__iter__") and not isinstance(data, str | bytes | dict | set)
+
+
+def _loader(name: str, data: Any, batch_size: int) -> Any:
+    """Something that can be iterated again and again, and gives batches."""
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size)
+    if isinstance(data, Dataset):
+        if not hasattr(data, "__len__") or len(data) == 0:
+            raise ValueError(f"{name}: expected a Dataset with a length of at least 1")
+        return _Shuffled(data, batch_size)
+    if iter(data) is data:
+        raise TypeError(
+            f"{name}: expected batches that can be read again in the next epoch, got an iterator; pass a DataLoader, a "
+            "list of batches, or a class with __iter__"
+        )
+    return data
+
+
+def _is_plain(source: Any) -> bool:
+    """Whether rows are drawn by nothing but a shuffle."""
+    if isinstance(source, _Shuffled):
+        return True
+    sampler = getattr(source, "sampler", None)
+    return getattr(source, "batch_size", None) is not None and isinstance(
+        sampler, RandomSampler | SequentialSampler
+    )
