@@ -163,6 +163,11 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
         """What training maximises, by row: `log_prob`, unless a subclass wants more: `(*, *event_shape)` -> `(*)`, in nats."""
         return self.log_prob(value)  # type: ignore[no-any-return]
 
+    def _validate_sample(self, value: Tensor) -> None:
+        # torch's constraints cannot reshape tensors without elements, which hold nothing to check.
+        if value.numel():
+            super()._validate_sample(value)
+
     def _check_value(self, value: Tensor) -> Size:
         """The batch shape of a value to be scored; `ValueError` where it does not fit the event."""
         event = self.event_shape
@@ -258,6 +263,9 @@ class TransformedDensity(Density):
 
 def log_prob_anywhere(base: Distribution, z: Tensor) -> Tensor:
     """log p(z) for any z: -inf outside of the support, where distributions raise or return NaN."""
+    if not z.numel():  # which torch cannot sum over the event
+        batch = z.shape[: z.dim() - len(base.event_shape)]
+        return z.new_zeros(torch.broadcast_shapes(batch, base.batch_shape))
     support: Any = base.support
     if _is_real(support):
         return base.log_prob(z)

@@ -126,3 +126,10 @@ def test_what_cannot_be_standardized():
         bounded.standardize(ones, ones)
     with pytest.raises(ValueError, match="scales above 0"):
         inner.standardize(ones, 0 * ones)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0, 2)], ids=str)
+@pytest.mark.parametrize("name", ["flow-planar", "flow-standardized", "indexed-maf", "flow-vae"])
+def test_no_rows_have_no_log_densities(name, shape):
+    density = DENSITIES[name].make()
+    assert density.log_prob(torch.zeros(shape)).shape == shape[:-1]

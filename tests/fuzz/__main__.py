@@ -44,8 +44,13 @@ def run_one(function, number: int) -> tuple[str, str]:
             last = frames[-1]
             where = f"{Path(last.filename).name}:{last.lineno}"
             ours = "pyro_flows_ext" in last.filename and isinstance(error, OURS)
-            # Pyro's and torch's own checks of values against a support say what is wrong with them.
-            ours = ours or "within the support" in str(error)
+            # Pyro's own checks of a model's shapes and values name the site and the way out.
+            by_pyro = (
+                "within the support",
+                "invalid log_prob shape",
+                "not broadcastable with batch",
+            )
+            ours = ours or any(text in str(error) for text in by_pyro)
             return (
                 "refused" if ours else "foreign",
                 f"{type(error).__name__} at {where}: {str(error)[:150]}",

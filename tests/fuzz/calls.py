@@ -43,6 +43,9 @@ def transform(rng: random.Random) -> str | None:
     y, ladj = getattr(module, names[0])(x)
     if not given.is_finite or not given.fits or given.scale > LARGEST:
         return None if y.dtype == torch.float64 else f"dtype {y.dtype}"
+    side = module.domain if names[0] == "forward_and_ladj" else module.codomain
+    if x.numel() and not bool(side.check(x).all()):
+        return None  # outside of the domain
     back, inverse_ladj = getattr(module, names[1])(y)
     for name, value in (("value", y), ("log-det", ladj), ("way back", back)):
         if value.isnan().any():

@@ -32,7 +32,7 @@ def draw(rng: random.Random, event: tuple[int, ...], dtype: torch.dtype) -> Inpu
         shape, fits = _other_shape(rng, event), False
         words.append("shape")
     scale = 10.0 ** (rng.uniform(-30, 30) if rng.random() < 0.3 else rng.uniform(-1, 1))
-    x = scale * torch.randn(*batch, *shape, dtype=torch.float64)
+    x = scale * torch.randn((*batch, *shape), dtype=torch.float64)
     is_finite = True
     if x.numel() and rng.random() < 0.1:
         bad = rng.choice([math.nan, math.inf, -math.inf])

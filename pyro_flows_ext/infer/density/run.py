@@ -16,7 +16,7 @@ from ...distributions import Density
 from .._loop import MAX_BAD_STEPS, OptimFactory
 from ..training import checkpoint as files
 from .checks import check_finite, objective
-from .rows import Batch, Rows
+from .rows import Batch, Rows, Stream
 
 # Every evaluation takes the same random numbers: two values of a bound differ by the parameters alone.
 EVALUATION_SEED = 0
@@ -130,6 +130,9 @@ class Run:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self.settings.rate(self.state.step)
         raw = next(self.batches)
+        if isinstance(self.train, Stream):
+            # Tables are checked as a whole before training.
+            check_finite("data", raw.values, self.like.dtype)
         self.density.train()
         self.optimizer.zero_grad()
         loss = -self._mean(raw.to(self.like))
@@ -141,7 +144,6 @@ class Run:
             self.num_bad, self.state.loss = 0, loss.item()
             self.state.losses.append(self.state.loss)
             return
-        check_finite("data", raw.values, self.like.dtype)
         self.num_bad += 1
         self.state.losses.append(math.nan)
         if self.num_bad == MAX_BAD_STEPS:
