@@ -41,7 +41,7 @@ def test_two_separate_modes():
     fit(
         two_modes,
         guide,
-        num_steps=200,
+        num_steps=400,
         num_particles=128,
         lr=5e-3,
         warm_start=False,
