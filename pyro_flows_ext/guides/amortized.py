@@ -18,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..ops import quantiles as elementwise_quantiles
-from ..programs import JacobianDelta, constrain, unconstrain
+from ..programs import JacobianDelta, constrain, tensors_of, unconstrain
 from ..transforms import ElementwiseAffine
 from ._conditional import ConditionalFactory, conditional_flow, placed
 from ._data_plate import DataPlate, find_plate, indices_are_given
@@ -156,7 +156,8 @@ class AutoAmortizedFlow(PortableGuide):
         if self.model is None or torch.jit.is_tracing():
             return self._plate_without_model(args, kwargs)
         shapes = argument_shapes(args, kwargs)
-        if shapes not in self._given:
+        # Bounds that are tensors may change with the values of arguments of the same shapes.
+        if shapes not in self._given or any(tensors_of(x.support) for x in self._latents):
             with torch.no_grad():
                 trace = self._run_model(args, kwargs)
                 names = {latent.name for latent in self._latents}
@@ -166,7 +167,8 @@ class AutoAmortizedFlow(PortableGuide):
                     )  # data that these arguments leave out, as Predictive's do
                 latents = read_latents(trace, known.name)[1]
             check_same(self._latents, latents)
-            self._given[shapes] = self._is_given(known.name, args, kwargs)
+            if shapes not in self._given:
+                self._given[shapes] = self._is_given(known.name, args, kwargs)
         return self._ask_model(known.name, args, kwargs)
 
     def _plate_without_model(self, args: Any, kwargs: Any) -> DataPlate:

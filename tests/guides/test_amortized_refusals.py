@@ -215,3 +215,18 @@ def test_a_flow_that_sees_no_context_is_one():
     guide = make(flow=lambda d, h: realnvp(d, num_layers=2))
     guide.setup(X)
     assert guide.log_prob(guide.sample_posterior(3, X), X).shape == (3, 6)
+
+
+def test_bounds_that_change_with_the_value_of_an_argument():
+    """Arguments of the same shapes: the bounds of the setup would be wrong in silence."""
+
+    def bounded(x, top):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros(()), top))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = AutoAmortizedFlow(bounded, encoder())
+    guide.setup(X, torch.tensor(1.0))
+    guide(X, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="latent 'z' has a support that changes"):
+        guide(X, torch.tensor(10.0))
