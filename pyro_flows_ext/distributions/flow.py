@@ -147,7 +147,9 @@ class FlowDistribution(TransformedDensity):
 
     def _at_batch(self) -> tuple[Any, FlowTransform, int]:
         """The base at this batch shape, the transform, and how many dimensions of the event are outside the transform's."""
-        transform = self._flow()
+        transform = self.transform
+        if transform.context_dim or self.standardization is not None:
+            transform = self._flow()
         event_dim = transform.domain.event_dim
         base = self._base_dist(event_dim)
         outer = len(base.event_shape) - event_dim
