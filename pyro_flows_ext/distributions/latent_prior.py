@@ -76,7 +76,7 @@ class FlowVAE(BoundedDensity):
 
     @property
     def trained_later(self) -> nn.Module:
-        """What `fit_density` holds at first."""
+        """The parts that `fit_density` keeps fixed in its first steps."""
         return self.transform
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:

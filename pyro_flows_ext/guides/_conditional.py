@@ -32,7 +32,7 @@ def conditional_flow(
     num_layers: int | None,
     hidden_dims: Sequence[int] | None,
 ) -> ConditionalFactory | None:
-    """What makes a flow from (D, H): the one of that name, or the callable as it is."""
+    """The factory of a flow from (D, H): the one of that name, or the callable as it is."""
     if flow is None or not isinstance(flow, str):
         if flow is not None and not callable(flow):
             raise TypeError(
@@ -49,7 +49,7 @@ def conditional_flow(
 
 
 def placed(flow: Any, affine: ElementwiseAffine) -> ComposeFlow | IndexedFlow:
-    """What a factory made, or None, with an affine map behind it."""
+    """A flow, or None for no flow, with an affine map behind it."""
     if isinstance(flow, nn.ModuleList):  # of indexed layers
         return IndexedFlow(list(flow), affine)  # type: ignore[arg-type]
     return ComposeFlow([affine] if flow is None else [flow, affine])

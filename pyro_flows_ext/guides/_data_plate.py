@@ -108,7 +108,7 @@ class _Reached(Exception):
 
 
 class _RunTo(Messenger):
-    """Ends a run at a latent, and tells of it and of the plate it is in."""
+    """Ends a run at a latent, and records the latent and its plate."""
 
     def __init__(self, latent: str, plate: str):
         super().__init__()

@@ -188,14 +188,14 @@ class AutoFlow(PortableGuide, AutoContinuous):
         self._check_param_store()
 
     def _make_transform(self, loc: Tensor) -> FlowTransform:
-        """What takes noise to the unconstrained latents, placed at `loc`."""
+        """The transform from noise to the unconstrained latents, placed at `loc`."""
         flow = self._flow_factory(self.latent_dim) if self._flow_factory is not None else None
         if not isinstance(flow, FlowTransform):
             raise TypeError(f"flow: expected it to return a FlowTransform, got {flow!r}")
         return ComposeFlow([flow, *self._placement(loc)])
 
     def _placement(self, loc: Tensor) -> list[FlowTransform]:
-        """What is behind the flow: tails, location and scale by coordinate, which learn, and the whitening."""
+        """The layers behind the flow: learned tails, location and scale by coordinate, and the whitening."""
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         D = self.latent_dim
         return [SinhArcsinh(D), ElementwiseAffine(D), Whitening(loc, scale_tril)]
@@ -283,7 +283,7 @@ class AutoFlow(PortableGuide, AutoContinuous):
     # --- the AutoContinuous protocol ---
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """What the flow starts from, on `(D,)`: mean 0 and variance 1, `base_df` degrees of freedom."""
+        """The base distribution of the flow on `(D,)`: mean 0, variance 1, `base_df` degrees of freedom."""
         zeros = torch.zeros_like(self.whitening.loc)
         if math.isinf(self.base_df):
             return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)

@@ -31,7 +31,7 @@ def check_settings(lr: float, schedule: str, **counts: float) -> None:
 
 
 def decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]:
-    """What the rate is multiplied by at a step: from 1 to `final`."""
+    """The factor of the learning rate at each step: from 1 to `final`."""
     if schedule == "cosine":
         return lambda i: final + (1 - final) * (1 + math.cos(math.pi * i / num_steps)) / 2
     if schedule == "exponential":
@@ -50,7 +50,7 @@ def warn_of_skipped(skipped: int, num_steps: int) -> None:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds every generator Pyro knows, and puts them back as they were."""
+    """Seeds the generators of Python, NumPy and torch, and restores their states afterwards."""
     if seed is None:
         yield
         return

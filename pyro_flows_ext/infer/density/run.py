@@ -50,7 +50,7 @@ class DensityTrainingState:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know beside density and data."""
+    """The settings of a run, without density and data."""
 
     num_steps: int
     batch_size: int

@@ -123,7 +123,7 @@ class AnnealedELBO(ELBO):
         return loss
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs: the number of steps taken."""
+        """The state of a resumed run: the number of steps taken."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

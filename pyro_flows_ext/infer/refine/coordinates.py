@@ -25,7 +25,7 @@ POINT = 1e-12
 
 @dataclass(frozen=True)
 class Start:
-    """Where chains start and in which coordinates.
+    """The starts of chains and their coordinates.
 
     Attributes:
         transform: from coordinates z to unconstrained latents u, with `forward_and_ladj`.
