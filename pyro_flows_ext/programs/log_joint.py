@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .enumeration import enumerate_in_parallel, marginal_log_prob
 from .evaluation import Substitute, Total, Values, completed_latents, leaf, value_and_gradient
+from .in_place import BatchedWrites
 from .latents import (
     Latent,
     is_constant,
@@ -43,7 +44,7 @@ class LogJoint:
 
     The supports are those of each run: bounds may depend on other latents and on the arguments. Batches of particles run
     through Pyro's handlers with the batch dimension left of all plates, where this agrees with single runs; otherwise
-    through `torch.vmap` over the unchanged model (`alpha[group]`, `X @ w`); otherwise one by one. Discrete latents marked
+    through `torch.vmap` over the unchanged model (`alpha[group]`, `X @ w`, `x[missing] = z`); otherwise one by one. Discrete latents marked
     for enumeration are summed out exactly. Masked latents have the density of their prior where nothing unmasked depends
     on them, so that the density on ℝᴰ stays proper and the evidence is the same. A particle for which the model raises
     has density zero.
@@ -88,7 +89,7 @@ class LogJoint:
         self.nesting = nesting_of(trace)
         self._check_sites(trace)
         self._proper = completed_latents(model, self.args, self.kwargs, self.latents, trace)
-        self.method = "loop"
+        self.method, self._writes = "loop", False
         self.vectorization_error: str | None = None
         self._choose_method()
 
@@ -240,19 +241,21 @@ class LogJoint:
 
         with torch.no_grad(), evaluation_mode(self.model):
             parts, single = self._singly(evaluate, parts)
-            reasons = []
-            for method in ("vmap",) if self.enumerated else ("handlers", "vmap"):
-                self.method = method
+            reasons = {}
+            methods = [("handlers", False), ("vmap", False), ("vmap", True)]
+            for method, writes in methods[1:] if self.enumerated else methods:
+                self.method, self._writes = method, writes
                 try:
                     many = evaluate(parts)
                 except ERRORS as error:
-                    reasons.append(f"{method}: {type(error).__name__}: {first_line(error)}")
+                    reasons[method] = f"{type(error).__name__}: {first_line(error)}"
                     continue
                 if torch.allclose(many, single, rtol=1e-4, atol=1e-3, equal_nan=True):
                     return
                 numbers = f"{single[0].item():.6g} alone and {many[0].item():.6g} in a batch"
-                reasons.append(f"{method}: the log joint of a particle is {numbers}")
-        self.method, self.vectorization_error = "loop", "; ".join(reasons)
+                reasons[method] = f"the log joint of a particle is {numbers}"
+        self.method = "loop"
+        self.vectorization_error = "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
     def _points(self) -> tuple[dict[str, Tensor], bool]:
         """Values for a few particles near the first one, and whether they are constrained.
@@ -313,6 +316,12 @@ class LogJoint:
         def single(part: Values) -> tuple[Tensor, dict[str, Tensor]]:
             return self._run(part, fixed, None, constrained, collect, proper)
 
+        def writing(part: Values) -> tuple[Tensor, dict[str, Tensor]]:
+            if not self._writes:
+                return single(part)
+            with BatchedWrites(next(iter(part.values()))):
+                return single(part)
+
         # Validation reads values, which vmap cannot do; callers make Pyro's checks on single traces.
         with (
             poutine.block(),
@@ -323,7 +332,7 @@ class LogJoint:
             if self.method == "handlers":
                 value, sites = self._run(parts, fixed, num, constrained, collect, proper)
             elif self.method == "vmap":
-                value, sites = torch.vmap(single, randomness="error")(dict(parts))
+                value, sites = torch.vmap(writing, randomness="error")(dict(parts))
             else:
                 runs = [single({k: v[i] for k, v in parts.items()}) for i in range(num)]
                 value = torch.stack([run[0] for run in runs])

@@ -54,6 +54,33 @@ def branches(y=Y):
         pyro.sample("y", dist.Normal(mu, scale), obs=y)
 
 
+MISSING = torch.tensor([False, True, False, False, True, False, False])
+
+
+def missing_values(y=Y):
+    """Latents written into a copy of the data in place, which one tensor cannot hold for all particles."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 5.0))
+    with pyro.plate("unseen", 2):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+    full = y.clone()
+    full[MISSING] = z
+    same = full
+    scale = torch.zeros(7, dtype=torch.float64)
+    scale += z.exp().sum()
+    with pyro.plate("data", 7):
+        pyro.sample("y", dist.Normal(torch.stack([full, same]).mean(0), scale), obs=y.flip(0))
+
+
+def through_a_view(y=Y):
+    """Writes to a row of a matrix that is read afterwards."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(7, dtype=torch.float64), 1.0).to_event(1))
+    both = torch.zeros(2, 7, dtype=torch.float64)
+    row = both[0]
+    row[:] = z
+    with pyro.plate("data", 7):
+        pyro.sample("y", dist.Normal(both.sum(0), 1.0), obs=y)
+
+
 def by_hand(model, log_joint, u):
     """The log joint of single traces of the model, plus the log-determinant of the constraint."""
     values = log_joint.constrain(u)
@@ -74,6 +101,8 @@ def by_hand(model, log_joint, u):
         (hierarchical, "vmap"),
         (undeclared, "vmap"),
         (three_data, "vmap"),
+        (missing_values, "vmap"),
+        (through_a_view, "loop"),
         (branches, "loop"),
     ],
     ids=lambda v: getattr(v, "__name__", v),
@@ -88,7 +117,27 @@ def test_equals_single_traces(model, method):
     torch.testing.assert_close(batched.flatten(), log_joint(u[:4]))
 
 
-@pytest.mark.parametrize("model", [schools, hierarchical], ids=lambda m: m.__name__)
+def test_a_write_that_no_batch_can_make_is_named():
+    error = LogJoint(through_a_view).vectorization_error
+    assert "__setitem__ writes values that differ between particles through a view" in error
+
+
+def test_tensors_that_are_written_to_keep_their_values():
+    data = Y.clone()
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        data[0] = z
+        with pyro.plate("data", 7):
+            pyro.sample("y", dist.Normal(data, 1.0), obs=Y)
+
+    log_joint = LogJoint(model)
+    before = data.clone()
+    log_joint(torch.randn(4, 1, dtype=torch.float64))
+    torch.testing.assert_close(data, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", [schools, hierarchical, missing_values], ids=lambda m: m.__name__)
 def test_derivatives(model):
     log_joint = LogJoint(model)
     u = 0.3 * torch.randn(2, log_joint.dim, dtype=torch.float64)
