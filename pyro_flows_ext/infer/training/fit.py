@@ -99,7 +99,7 @@ def fit(
     Raises:
         ValueError: for arguments out of range, NaN or infinite data that the model does not mask, model and guide that do
             not match, and shapes that Pyro refuses.
-        FloatingPointError: after 100 steps in a row without a finite gradient.
+        FloatingPointError: after 100 steps in a row without a finite gradient, where no round before them ended well.
 
     Example:
         >>> def model(y):

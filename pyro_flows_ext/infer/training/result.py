@@ -30,8 +30,8 @@ class FitResult:
         guide: the guide, with the best parameters seen.
         trusted: whether effective sample size, k-hat and chains that start from the guide's draws all agree that
             `sample` returns draws of the posterior.
-        reason: "trusted", "level" (more steps of this guide gain nothing), "out of steps", "fixed" (`num_steps=`), or
-            "interrupted".
+        reason: "trusted", "level" (more steps of this guide gain nothing), "out of steps", "fixed" (`num_steps=`),
+            "interrupted", or "not finite" (100 steps in a row; the best state seen is returned).
         advice: what to try next, one sentence each; empty where trusted.
         importance: the last draws of the guide with their weights; None where the model gives none (mini-batches).
         refined: chains of HMC in the guide's coordinates, where they were run.
@@ -123,6 +123,7 @@ class FitResult:
             "out of steps": "out of steps",
             "fixed": "a fixed number of steps, not verified",
             "interrupted": "interrupted",
+            "not finite": "steps stopped being finite",
         }
         return f"Not trusted: {why.get(self.reason, self.reason)} ({self._numbers()})."
 

@@ -117,6 +117,11 @@ class BestState:
             self.saved = copied, [p.detach().clone() for p in self.trainer.params]
         return significant
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether any state has had a finite bound."""
+        return self.saved is not None and self.score > -math.inf
+
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the parameters of the best evaluation back."""

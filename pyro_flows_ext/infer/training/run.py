@@ -81,6 +81,7 @@ class Run:
         self.modes: list[Mode] = []
         self.in_round, self.round_rest, self.level = 0, 0, 0
         self.saved_at = time.perf_counter()
+        self.problem: str | None = None
 
     def announce(self, phase: str) -> None:
         """Shows what is going on now."""
@@ -107,6 +108,12 @@ class Run:
             # Steps whose loss is not finite are skipped and counted: Pyro's warnings of them are left out.
             with nonfinite_ignored(), _checks_first():
                 return self._train_fixed() if self.options.is_fixed else self._train_rounds()
+        except FloatingPointError as error:
+            # A gradient that was never finite is an error of the model, whatever the start is worth.
+            if math.isnan(self.state.loss) or not self.best.is_usable:
+                raise
+            self.problem = str(error)
+            return "not finite", self._is_trusted_at_last()
         except KeyboardInterrupt:
             self.best.restore()
             return "interrupted", False
@@ -289,6 +296,8 @@ class Run:
         importance = None if self.check is None else self.check.importance
         refined = None if self.check is None else self.check.refined
         findings = [] if self.check is None else self.check.findings
+        if self.problem is not None:
+            findings = [self.problem, *findings]
         window_elbo, window_se, level = _window(losses)
         elbo, elbo_se = window_elbo, window_se
         if importance is not None and not self.options.is_fixed:

@@ -195,6 +195,40 @@ def test_an_interrupt_keeps_the_state_so_far():
     assert all(p.isfinite().all() for p in guide.parameters())
 
 
+def test_a_run_that_stops_being_finite_keeps_the_best_state():
+    broken = []
+
+    def model():
+        b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+        pyro.factor("skewed", -((b[..., 0] - b[..., 1].square()) / 0.2).square())
+        if broken:  # its gradient is NaN, its value is not
+            pyro.factor("broken", (b * 0).sqrt().sum(-1))
+
+    def callback(state):
+        if state.round == 1:
+            broken.append(1)
+
+    guide = AutoNormal(model)
+    with pytest.warns(UserWarning, match="100 of 200 steps had no finite loss"):
+        result = fit(
+            model, guide, callback=callback, max_steps=2000, refine=False, seed=0, progress=False
+        )
+    assert result.reason == "not finite"
+    assert not result.trusted
+    assert "100 steps in a row" in result.advice[0]
+    assert str(result).startswith("Not trusted: steps stopped being finite (ESS")
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+def test_a_run_that_is_never_finite_raises():
+    def model():
+        b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.factor("broken", (b * 0).sqrt())
+
+    with pytest.raises(FloatingPointError, match="100 steps in a row"):
+        fit(model, AutoNormal(model), max_steps=2000, refine=False, seed=0, progress=False)
+
+
 def losses_of(path, resume, stop_at=None, guide_class=AutoSylvester, **options):
     def callback(state):
         if stop_at is not None and state.step >= stop_at:
