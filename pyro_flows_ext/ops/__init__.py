@@ -6,6 +6,7 @@ from .checks import (
     check_event,
     check_event_dim,
     check_positive,
+    check_same_dtype,
     find_event_shape,
     read_event_shape,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "check_event",
     "check_event_dim",
     "check_positive",
+    "check_same_dtype",
     "contraction_inverse",
     "conv_norm_bound",
     "dense_jacobian",

@@ -10,20 +10,39 @@ from torch import Tensor, nn
 
 
 def check_event(name: str, x: Tensor, shape: int | Sequence[int]) -> None:
-    """Raises `ValueError` unless x has shape `(*, shape)`."""
+    """Raises `ValueError` unless x has shape `(*, shape)` and a floating-point dtype."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"{name}: expected a tensor of shape (*, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
         )
+    if not x.is_floating_point():
+        raise _not_floating(name, x)
+
+
+def _not_floating(name: str, x: Tensor) -> ValueError:
+    return ValueError(
+        f"{name}: expected a floating-point tensor, got {x.dtype}; convert it by {name}.to(torch.get_default_dtype())"
+    )
+
+
+def check_same_dtype(name: str, x: Tensor, parameter: Tensor) -> None:
+    """Raises `ValueError` unless x has the dtype of the parameter, or autocast converts both."""
+    if x.dtype is not parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{name}: expected a tensor of the parameters' dtype {parameter.dtype}, got {x.dtype}; convert it by "
+            f"{name}.to({parameter.dtype})"
+        )
 
 
 def check_event_dim(name: str, x: Tensor, event_dim: int) -> None:
-    """Raises `ValueError` unless x has at least `event_dim` dimensions."""
+    """Raises `ValueError` unless x has at least `event_dim` dimensions and a floating-point dtype."""
     if x.dim() < event_dim:
         raise ValueError(
             f"{name}: expected {event_dim} event dimensions, got shape {tuple(x.shape)}"
         )
+    if not x.is_floating_point():
+        raise _not_floating(name, x)
 
 
 def check_positive(name: str, value: int) -> int:

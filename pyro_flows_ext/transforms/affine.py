@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import check_positive, matvec
+from ..ops import check_positive, check_same_dtype, matvec
 from ..ops.linalg import solve_triangular
 from .base import FlowTransform
 from .scores import by_diagonal, residual
@@ -91,6 +91,7 @@ class Whitening(FlowTransform):
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
+        check_same_dtype("x", x, self.loc)  # a buffer
         y = self.loc + matvec(self.scale_tril, x)
         return y, self._ladj().expand(y.shape[:-1])
 
@@ -102,6 +103,7 @@ class Whitening(FlowTransform):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)
+        check_same_dtype("y", y, self.loc)
         x = solve_triangular(self.scale_tril, y - self.loc, upper=False)
         return x, -self._ladj().expand(x.shape[:-1])
 

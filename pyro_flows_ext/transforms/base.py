@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..nn import HyperNetwork
-from ..ops import check_context_dim, check_event
+from ..ops import check_context_dim, check_event, check_same_dtype
 from .cache import PassCache, find_state
 from .scores import by_jacobian, residual
 
@@ -103,6 +103,8 @@ class FlowTransform(TransformModule, ConditionalTransformModule):
         if not self.context_dim:
             return self
         check_event("context", context, self.context_dim)
+        if not torch.compiler.is_compiling():
+            check_same_dtype("context", context, next(self.parameters(), context))
         hyper = self._modules.get("hyper")
         if hyper is not None:
             return self.bind({name: self._shifted(name, h) for name, h in hyper(context).items()})
@@ -179,13 +181,18 @@ class FlowTransform(TransformModule, ConditionalTransformModule):
         return view
 
     def _check_input(self, name: str, x: Tensor) -> None:
-        """Raises `ValueError` unless x is `(*, input_dim)` and no context is missing."""
+        """Raises `ValueError` unless x is `(*, input_dim)`, of the parameters' dtype, and no context is missing."""
         if self.context_dim:
             raise ValueError(
                 f"{type(self).__name__}: expected a call of condition(context) first, with a context of shape "
                 f"(*, {self.context_dim}), got none"
             )
         check_event(name, x, self.input_dim)  # type: ignore[arg-type]
+        # Dynamo cannot trace a walk over the parameters.
+        if not torch.compiler.is_compiling() and x.dtype is not next(self.parameters(), x).dtype:
+            check_same_dtype(name, x, next(self.parameters()))
+        if self.batch_shape:
+            self._broadcast_shape(x.shape, self.domain.event_dim)
 
     # --- the torch.distributions.Transform protocol, through the cache ---
 
@@ -249,7 +256,13 @@ class FlowTransform(TransformModule, ConditionalTransformModule):
             raise ValueError(
                 f"{type(self).__name__}: expected {event_dim} event dimensions, got shape {tuple(shape)}"
             )
-        batch = torch.broadcast_shapes(tuple(shape[:cut]), self.batch_shape)
+        try:
+            batch = torch.broadcast_shapes(tuple(shape[:cut]), self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{type(self).__name__}: expected a batch that broadcasts against {tuple(self.batch_shape)}, the batch "
+                f"shape of the context or of the parameters, got {tuple(shape[:cut])}"
+            ) from None
         return torch.Size(batch) + torch.Size(shape[cut:])
 
     # --- the cache ---

@@ -11,7 +11,13 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from ..nn import MLP
-from ..ops import check_context_dim, check_event, check_positive, find_event_shape
+from ..ops import (
+    check_context_dim,
+    check_event,
+    check_positive,
+    check_same_dtype,
+    find_event_shape,
+)
 from .base import FlowTransform, forget_param_store
 from .bounds import bounded_affine
 from .compose import ComposeFlow
@@ -96,6 +102,7 @@ class IndexedTransform(ConditionalTransformModule):
             ValueError: if u or the context has another size, or a context is missing or not expected.
         """
         check_event("index", index, self.index_dim)
+        check_same_dtype("index", index, next(self.net.parameters(), index))
         transform = self.transform
         if self.context_dim:
             if context is None:
@@ -147,6 +154,7 @@ class _Affine(FlowTransform):
             raise ValueError(
                 f"{name}: expected a tensor of shape (*, {event}), got {tuple(x.shape)}"
             )
+        self._broadcast_shape(x.shape, self.domain.event_dim)
         # Bounded, because u comes from a density with tails: where few draws have taught the network anything, an
         # unbounded scale overflows, and one such draw ruins the whole estimate.
         y, s = bounded_affine(

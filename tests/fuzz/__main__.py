@@ -4,7 +4,7 @@
     python -m tests.fuzz --only transform:1234        one call again, with its traceback
 
 A call is drawn from its kind and number alone, so that every failure is reproducible. Counts by kind are printed:
-right, refused (an error that this package raises on purpose), foreign (an error of another package, or of a kind that
+right, refused (an error that this package raises on purpose, or one of the model, with its line in the traceback), foreign (an error of another package, or of a kind that
 is no answer) and wrong.
 """
 
@@ -44,6 +44,13 @@ def run_one(function, number: int) -> tuple[str, str]:
             last = frames[-1]
             where = f"{Path(last.filename).name}:{last.lineno}"
             ours = "pyro_flows_ext" in last.filename and isinstance(error, OURS)
+            # An error of the model or of a network given to a density, with its line in the traceback.
+            users = ("densities.py", "catalogue.py")
+            ours = ours or any(
+                frame.name == "_model"
+                or (frame.name == "forward" and frame.filename.endswith(users))
+                for frame in frames
+            )
             # Pyro's own checks of a model's shapes and values name the site and the way out.
             by_pyro = (
                 "within the support",

@@ -42,7 +42,8 @@ def transform(rng: random.Random) -> str | None:
         return None
     y, ladj = getattr(module, names[0])(x)
     if not given.is_finite or not given.fits or given.scale > LARGEST:
-        return None if y.dtype == torch.float64 else f"dtype {y.dtype}"
+        # A permutation keeps any dtype.
+        return None if y.dtype in (torch.float64, x.dtype) else f"dtype {y.dtype}"
     side = module.domain if names[0] == "forward_and_ladj" else module.codomain
     if x.numel() and not bool(side.check(x).all()):
         return None  # outside of the domain
@@ -51,7 +52,8 @@ def transform(rng: random.Random) -> str | None:
         if value.isnan().any():
             return f"NaN in {name} of finite values"
     if not module.codomain.is_discrete and y.isfinite().all():
-        error = ((back - x).abs() / (1 + x.abs())).max() if x.numel() else torch.tensor(0.0)
+        errors = (back - x).abs() / (1 + x.abs())
+        error = errors.max() if errors.numel() else torch.tensor(0.0)
         if error > 1e-4:
             return f"round trip off by {error:.1e}"
         if not torch.allclose(ladj, -inverse_ladj, atol=1e-3, rtol=1e-3):
@@ -144,7 +146,8 @@ def command(rng: random.Random) -> str | None:
     given = draw(rng, (2,), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.csv"
-        rows = given.tensor.reshape(-1, given.tensor.shape[-1] if given.tensor.dim() else 1)
+        width = given.tensor.shape[-1] if given.tensor.dim() else 1
+        rows = given.tensor.reshape(given.tensor.numel() // max(width, 1), width)
         lines = [",".join(f"c{i}" for i in range(rows.shape[-1]))]
         lines += [",".join(map(str, row)) for row in rows.repeat(rng.choice([1, 20]), 1).tolist()]
         path.write_text("\n".join(lines))
