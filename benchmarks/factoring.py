@@ -30,12 +30,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_flows_ext.diagnostics import plots_images
-from pyro_flows_ext.distributions import Dequantized, MultiScaleFlow, glow, realnvp_image
+from pyro_flows_ext.distributions import Dequantized, MultiScaleFlow
 from pyro_flows_ext.distributions._contributions import masks_by_share, mean_by_place
+from pyro_flows_ext.flows import Glow, RealNVPImage
 from pyro_flows_ext.infer import fit_density
 from pyro_flows_ext.transforms.multiscale import make_mask
 
-ARCHITECTURES = {"realnvp": realnvp_image, "glow": glow}
+ARCHITECTURES = {"realnvp": RealNVPImage, "glow": Glow}
 STATIC = ("none", "channel", "checkerboard", "other colour")
 RANKED = ("likelihood", "likelihood by position", "reversed", "random")
 NUM_TEST, NUM_RANKED, NUM_STARTED = 2000, 2000, 512
@@ -149,12 +150,12 @@ def in_block(share: Tensor) -> Tensor:
 def run(seed: int, data: Tensor, test: Tensor, options: Any) -> tuple[list[dict[str, Any]], dict]:
     """All arms of a seed: rows for the table, and what the figure shows."""
     make = ARCHITECTURES[options.architecture]
-    settings = {"num_levels": 3, "num_layers": options.depth, "hidden_channels": options.hidden}
+    settings = {"num_levels": 3, "num_layers": options.depth, "hidden_dims": (options.hidden,)}
     rows, kept, flows = [], {}, {}
     chosen: dict[str, Any] = {name: static(name, data.shape[1:]) for name in STATIC}
     for name in options.arms:
         torch.manual_seed(seed)
-        flow = make(data.shape[1:], factor_out=chosen[name], num_blocks=1, **settings)
+        flow = make(data.shape[1:], factor_out=chosen[name], **settings)
         start = time.process_time()
         try:
             density = train(flow, data, seed, options)

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_flows_ext.distributions import Dequantized, FlowVAE, MultiScaleFlow, glow
+from pyro_flows_ext.distributions import Dequantized, FlowVAE, MultiScaleFlow
+from pyro_flows_ext.flows import Glow
 from pyro_flows_ext.infer import fit_density
 from pyro_flows_ext.transforms import ActNorm, LogitPreprocess, Pixelwise
 
@@ -63,7 +64,7 @@ def to_logits(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def make(name: str, logits: Tensor, latent: int) -> FlowVAE | MultiScaleFlow:
     """One of the densities, its ActNorms started at the moments of the data."""
     if "flow" in name.lower():
-        flow = glow(SHAPE, num_levels=2, num_layers=2, hidden_channels=24)
+        flow = Glow(SHAPE, num_levels=2, num_layers=2, hidden_dims=(24, 24))
     else:
         flow = MultiScaleFlow(SHAPE, lambda shape: Pixelwise(ActNorm(shape[0])), num_levels=1)
     flow.initialize(logits)

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_flows_ext.distributions import NestedDropoutFlow, rq_nsf_image
+from pyro_flows_ext.distributions import NestedDropoutFlow
+from pyro_flows_ext.flows import NSFImage
 from pyro_flows_ext.infer import fit_density
 
 KEPT = (1, 3, 6, 13, 32)
@@ -44,9 +45,7 @@ def load_digits(seed: int) -> tuple[Tensor, Tensor]:
 def train(data: Tensor, weight: float, options: argparse.Namespace, seed: int) -> NestedDropoutFlow:
     """A flow with `weight` times the penalty of nested dropout; 0 is the same flow without."""
     torch.manual_seed(seed)
-    architecture = rq_nsf_image(
-        (1, 8, 8), num_levels=3, num_layers=2, hidden_channels=24, num_blocks=1
-    )
+    architecture = NSFImage((1, 8, 8), num_levels=3, num_layers=2, hidden_dims=(24,))
     architecture.initialize(data)
     base = dist.Normal(torch.zeros(64), 1.0)
     flow = NestedDropoutFlow(

@@ -41,10 +41,13 @@ __all__ = [
     "distributions",
     "fit",
     "fit_density",
+    "flows",
     "guides",
     "importance",
     "infer",
+    "load",
     "refine",
+    "save",
     "summary",
     "testing",
     "to_inference_data",
@@ -90,11 +93,15 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "refine",
         "warm_start",
     ),
+    "results": (
+        "load",
+        "save",
+    ),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 if TYPE_CHECKING:
-    from . import diagnostics, distributions, guides, infer, testing, transforms
+    from . import diagnostics, distributions, flows, guides, infer, testing, transforms
     from .diagnostics import summary, to_inference_data  # type: ignore[no-redef]
     from .distributions import (
         ContinuouslyIndexedFlow,
@@ -128,6 +135,7 @@ if TYPE_CHECKING:
         refine,
         warm_start,
     )
+    from .results import load, save
 
 
 def __getattr__(name: str) -> Any:

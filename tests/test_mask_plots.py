@@ -7,10 +7,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pyro_flows_ext.diagnostics import plots_images
-from pyro_flows_ext.distributions import FlowDistribution, glow, realnvp_image
+from pyro_flows_ext.distributions import FlowDistribution
+from pyro_flows_ext.flows import Glow, RealNVPImage
 from pyro_flows_ext.transforms import Squeeze
 
-SMALL = {"hidden_channels": 4, "num_layers": 2, "num_blocks": 1}
+SMALL = {"hidden_dims": (4,), "num_layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def panels(figure):
 
 def test_exit_levels_are_where_the_latents_go():
     """Latents of the last level come first: with layers that are the identity, a pixel is found again in its share of z."""
-    flow = realnvp_image((1, 8, 8), num_levels=3, factor_out="checkerboard", **SMALL)
+    flow = RealNVPImage((1, 8, 8), num_levels=3, factor_out="checkerboard", **SMALL)
     exits = plots_images.exit_levels(flow)
     assert exits.flatten().bincount().tolist() == [0, 32, 16, 16]
     pixels = torch.arange(64.0).reshape(1, 8, 8)
@@ -48,18 +49,18 @@ def test_exit_levels_are_where_the_latents_go():
 
 
 def test_exit_levels_of_one_mask_are_the_mask():
-    flow, _ = by_likelihood(realnvp_image, (2, 4, 4))
+    flow, _ = by_likelihood(RealNVPImage, (2, 4, 4))
     torch.testing.assert_close(plots_images.exit_levels(flow), 2 - flow.multiscale.masks[0].long())
 
 
 def test_nothing_leaves_an_unfactored_flow():
-    flow = realnvp_image((1, 4, 4), factor_out="none", **SMALL)
+    flow = RealNVPImage((1, 4, 4), factor_out="none", **SMALL)
     assert (plots_images.exit_levels(flow) == 2).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_panels_have_the_numbers(channels):
-    flow, shares = by_likelihood(realnvp_image, (channels, 8, 8), num_levels=3)
+    flow, shares = by_likelihood(RealNVPImage, (channels, 8, 8), num_levels=3)
     figure = plots_images.factoring(flow, shares)
     assert isinstance(figure, Figure)
     FigureCanvasAgg(figure).draw()  # constrained layout and formatters run without a warning
@@ -73,7 +74,7 @@ def test_panels_have_the_numbers(channels):
 
 
 def test_a_squeezed_image_is_drawn_in_the_places_of_its_pixels():
-    flow, shares = by_likelihood(glow, (1, 8, 8))
+    flow, shares = by_likelihood(Glow, (1, 8, 8))
     found = panels(plots_images.factoring(flow, shares))
     assert [a.shape for a in found] == 3 * [(8, 8)]
     torch.testing.assert_close(
@@ -82,7 +83,7 @@ def test_a_squeezed_image_is_drawn_in_the_places_of_its_pixels():
 
 
 def test_masks_alone_and_on_a_figure_of_yours():
-    flow, _ = by_likelihood(realnvp_image, (1, 4, 4))
+    flow, _ = by_likelihood(RealNVPImage, (1, 4, 4))
     mine = Figure()
     part = mine.subfigures(1, 2)[0]
     assert plots_images.factoring(flow, figure=part) is part
@@ -90,7 +91,7 @@ def test_masks_alone_and_on_a_figure_of_yours():
 
 
 def test_refusals():
-    flow, shares = by_likelihood(realnvp_image, (1, 4, 4))
+    flow, shares = by_likelihood(RealNVPImage, (1, 4, 4))
     with pytest.raises(ValueError, match=r"2 tensors of shape \(1, 4, 4\)"):
         plots_images.factoring(flow, shares[:1])
     with pytest.raises(TypeError, match="expected a MultiScaleFlow"):
@@ -98,7 +99,7 @@ def test_refusals():
 
 
 def test_the_same_places_leave_every_block():
-    flow, _ = by_likelihood(realnvp_image, (2, 16, 16), num_levels=3)
+    flow, _ = by_likelihood(RealNVPImage, (2, 16, 16), num_levels=3)
     unfactored = flow.factored("none")
     torch.manual_seed(1)
     with torch.no_grad():

@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..datasets import DATASETS
-from ..results.densities import DEQUANTIZE, FLOWS
-from ..results.guides import GUIDES
+from ..flows import FLOWS
+from ..results import GUIDES
 from ..testing.targets import TARGETS
+
+DEQUANTIZE = ("no", "uniform", "variational")
 
 EXAMPLES = """\
 examples:

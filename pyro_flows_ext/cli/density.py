@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -16,10 +16,10 @@ from ..datasets import Rows, Split, load_rows, split_rows
 from ..diagnostics import plots_density
 from ..diagnostics.scores import Score, gaussian, score, standard_error
 from ..diagnostics.summary import print_table
-from ..distributions import Density
+from ..distributions import Density, Dequantized
+from ..flows import FLOWS
 from ..infer import DensityFitResult, fit_density
-from ..results import DensitySpec, density_to_bytes
-from ..results.densities import FLOWS
+from ..results import density_to_bytes
 from .failures import failing_with
 from .output import Output, json_bytes, png_bytes
 
@@ -30,7 +30,8 @@ class Learned:
 
     rows: Rows
     split: Split
-    spec: DensitySpec
+    flow: str
+    num_layers: int | None
     result: DensityFitResult
     test: Score
     baseline: Score
@@ -54,17 +55,20 @@ def density_command(args: argparse.Namespace, output: Output) -> None:
         rows = load_rows(
             args.target, num_rows=args.rows, seed=args.seed, key=args.key, columns=args.columns
         )
-        spec = _spec(rows, args)
-        split = Split(*(_shaped(part, spec) for part in split_rows(rows.values, args.seed)))
-        if not spec.dequantizes:
+        density = _density(rows, args)
+        shaped = [
+            part.reshape(len(part), *density.event_shape)
+            for part in split_rows(rows.values, args.seed)
+        ]
+        split = Split(*shaped)
+        if not isinstance(density, Dequantized):
             _check_varies(rows, split.train.flatten(1))
-        density = spec.build(split.train)
     with failing_with(1, Exception):
-        learned = _learn(rows, split, spec, density, args)
+        learned = _learn(rows, split, density, args)
         report = summary(learned, args)
         output.save(
             {
-                "density.pt": density_to_bytes(rows.name, rows.columns, spec, density),
+                "density.pt": density_to_bytes(density, rows.columns, target=rows.name),
                 "density.json": json_bytes(report),
             }
         )
@@ -92,13 +96,12 @@ def _samples_png(learned: Learned, data: Tensor) -> bytes:
     return png_bytes(figure)
 
 
-def _learn(
-    rows: Rows, split: Split, spec: DensitySpec, density: Density, args: argparse.Namespace
-) -> Learned:
+def _learn(rows: Rows, split: Split, density: Density, args: argparse.Namespace) -> Learned:
     result = fit_density(
         density,
         split.train,
         validation=split.validation,
+        standardize=True,
         batch_size=args.batch_size,
         num_steps=args.steps,
         lr=args.lr,
@@ -108,37 +111,40 @@ def _learn(
     )
     test = score(density, split.test, args.particles)
     num_particles = test.num_particles or args.particles  # an estimate has the bound of one draw
-    baseline = score(
-        gaussian(spec, split.train, split.validation), split.test.flatten(1), num_particles
-    )
-    return Learned(rows, split, spec, result, test, baseline)
+    num_levels = density.num_levels if isinstance(density, Dequantized) else None
+    by_moments = gaussian(split.train, split.validation, num_levels)
+    baseline = score(by_moments, split.test.flatten(1), num_particles)
+    num_layers = args.num_layers or FLOWS[args.flow].num_layers
+    return Learned(rows, split, args.flow, num_layers, result, test, baseline)
 
 
 # --- what is asked for ---
 
 
-def _spec(rows: Rows, args: argparse.Namespace) -> DensitySpec:
+def _density(rows: Rows, args: argparse.Namespace) -> Density:
     """The density that the arguments and the rows call for."""
-    of_images = FLOWS[args.flow].of_images
+    flow = FLOWS[args.flow]
     event_shape: tuple[int, ...] = tuple(rows.values.shape[1:])
-    if of_images and rows.image_shape is not None:
+    if flow.of_images:
+        if rows.image_shape is None:
+            raise ValueError(
+                f"--flow {args.flow}: expected images (C, H, W), got rows of {event_shape[0]} numbers"
+            )
         event_shape = rows.image_shape
+    density = flow(event_shape, num_layers=args.num_layers)
     dequantize, num_levels = args.dequantize, rows.num_levels
     if dequantize is None:
         dequantize = "no" if num_levels is None else "uniform"
     if dequantize == "no":
-        num_levels = None
-    elif num_levels is None:
+        return density
+    if num_levels is None:
         if not ((rows.values == rows.values.round()) & (rows.values >= 0)).all():
             raise ValueError(
                 f"--dequantize {dequantize}: expected whole numbers from 0 on, got others"
             )
         num_levels = int(rows.values.max()) + 1
-    return DensitySpec(args.flow, event_shape, args.num_layers, dequantize, num_levels)
-
-
-def _shaped(values: Tensor, spec: DensitySpec) -> Tensor:
-    return values.reshape(len(values), *spec.event_shape)
+    # Without logits, which would pull the ends of the range, where most pixels are, far out.
+    return Dequantized(density, dequantize, num_levels=num_levels, logit_alpha=None)
 
 
 def _check_varies(rows: Rows, train: Tensor) -> None:
@@ -157,11 +163,16 @@ def _check_varies(rows: Rows, train: Tensor) -> None:
 def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
     """Settings and results, for a file."""
     result, gain = learned.result, learned.gain
+    density = result.density
+    dequantized = density if isinstance(density, Dequantized) else None
     return {
         "target": learned.rows.name,
-        **asdict(learned.spec),
-        "num_layers": learned.spec.depth,
-        "num_parameters": _num_parameters(result.density),
+        "flow": args.flow,
+        "num_layers": learned.num_layers,
+        "event_shape": list(density.event_shape),
+        "dequantize": "no" if dequantized is None else dequantized.kind,
+        "num_levels": None if dequantized is None else dequantized.num_levels,
+        "num_parameters": _num_parameters(density),
         "rows": {name: len(part) for name, part in learned.split._asdict().items()},
         "settings": {
             name: getattr(args, name) for name in ("steps", "batch_size", "lr", "patience", "seed")
@@ -182,9 +193,9 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
 
 def print_learned(learned: Learned) -> None:
     """A table of test log-likelihoods, and how training went."""
-    rows, spec, result, test = learned.rows, learned.spec, learned.result, learned.test
-    layers = spec.depth
-    name = spec.flow + ("" if layers is None else f", {layers} transforms")
+    rows, result, test = learned.rows, learned.result, learned.test
+    layers = learned.num_layers
+    name = learned.flow + ("" if layers is None else f", {layers} transforms")
     baseline = learned.baseline
     lines = [
         [name, _with_se(test.mean, test.se), _with_se(*learned.gain), _kind(test)],
@@ -196,9 +207,11 @@ def print_learned(learned: Learned) -> None:
     train, validation, _ = map(len, learned.split)
     title = f"{rows.name}, log-likelihood of {len(test.values)} test rows of {rows.values.shape[1]}"
     print_table(title, "density", columns, lines)
-    if spec.dequantizes:
+    if isinstance(result.density, Dequantized):
         bits = -test.mean / (rows.values.shape[1] * math.log(2))
-        print(f"{bits:.3f} bits a number at most, of whole numbers 0 to {(spec.num_levels or 0) - 1}")  # fmt: skip
+        print(
+            f"{bits:.3f} bits a number at most, of whole numbers 0 to {result.density.num_levels - 1}"
+        )
     networks = f", the first {result.first_steps} of the networks alone," if result.first_steps else ""  # fmt: skip
     print(
         f"{result.steps} steps{networks} on {train} rows in {result.seconds:.1f} s, "
@@ -212,7 +225,7 @@ def print_learned(learned: Learned) -> None:
 
 
 def _cure(learned: Learned) -> str:
-    if learned.spec.depth is None:
+    if learned.num_layers is None:
         return "it is linear, and so a Gaussian itself"
     steps = "" if learned.result.stopped_early else "more steps, "
     return f"take {steps}fewer layers or more data"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributions import Density, FlowDistribution
-from ..results import DensitySpec
-from ..results.densities import normal
-from ..transforms import ResidualFlow, Whitening
+from ..distributions import Density, Dequantized, FlowDistribution
+from ..flows.recipe import normal
+from ..transforms import ResidualFlow, Standardize, Whitening
 from ..transforms.residual import EXACT_DIM
 
 # Rows times draws of the bound at a time.
@@ -67,16 +66,16 @@ def score(density: Density, rows: Tensor, num_particles: int) -> Score:
     return Score(torch.cat(values).double(), "bound", num_particles)
 
 
-def gaussian(spec: DensitySpec, train: Tensor, validation: Tensor) -> Density:
+def gaussian(train: Tensor, validation: Tensor, num_levels: int | None = None) -> Density:
     """The Gaussian with the moments of the training rows, as a density of the data to compare a flow with.
 
-    Its covariance is shrunk towards its diagonal by the share that is best on the validation rows. Whole numbers are
-    treated as `spec` treats them; rows are vectors `(D)`. Raises `ValueError` for constant columns.
+    Its covariance is shrunk towards its diagonal by the share that is best on the validation rows. With `num_levels` L it
+    is one of whole numbers 0 ... L - 1, dequantized uniformly. Raises `ValueError` for constant columns.
     """
     train, validation = train.flatten(1), validation.flatten(1)
-    spec = replace(spec, event_shape=tuple(train.shape[1:]))
-    standardize = spec.standardize(train)
-    y = standardize.forward_and_ladj(spec.continuous(train))[0].double()
+    rows = train if num_levels is None else (train + torch.rand_like(train)) / num_levels
+    standardize = Standardize.from_data(rows, 1)
+    y = standardize.forward_and_ladj(rows)[0].double()
     covariance = torch.cov(y.T, correction=0).reshape(2 * y.shape[1:])
     best: tuple[float, Density] | None = None
     for share in SHRINKAGE:
@@ -86,7 +85,10 @@ def gaussian(spec: DensitySpec, train: Tensor, validation: Tensor) -> Density:
         if failed or factor.diagonal().min() < MIN_SCALE:
             continue
         whitening = Whitening(y.mean(0).to(train), factor.to(train))
-        density = spec.wrap(FlowDistribution(normal(train.shape[1]), whitening), standardize)
+        density: Density = FlowDistribution(normal(train.shape[1]), whitening)
+        density.standardize(standardize.loc, standardize.scale)
+        if num_levels is not None:
+            density = Dequantized(density, num_levels=num_levels, logit_alpha=None)
         value = score(density, validation, 1).mean
         if best is None or value > best[0]:
             best = value, density

@@ -10,9 +10,6 @@ from .flow import FlowDistribution as FlowDistribution
 from .indexed import ContinuouslyIndexedFlow as ContinuouslyIndexedFlow
 from .latent_prior import FlowVAE as FlowVAE
 from .multiscale import MultiScaleFlow as MultiScaleFlow
-from .multiscale import glow as glow
-from .multiscale import realnvp_image as realnvp_image
-from .multiscale import rq_nsf_image as rq_nsf_image
 from .ordered import NestedDropoutFlow as NestedDropoutFlow
 from .toy import TOYS as TOYS
 from .toy import Toy as Toy

@@ -60,7 +60,7 @@ class Dequantized(BoundedDensity):
         if kind == "uniform" and net is not None:
             raise ValueError('net: expected none for kind="uniform"')
         super().__init__(flow.batch_shape, flow.event_shape, validate_args)
-        self.flow, self.kind = flow, kind
+        self.flow, self.kind, self.hidden_dims = flow, kind, tuple(hidden_dims)
         self.num_levels = check_positive("num_levels", num_levels)
         dims = len(flow.event_shape)
         self.preprocess = None if logit_alpha is None else LogitPreprocess(logit_alpha, dims)

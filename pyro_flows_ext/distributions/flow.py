@@ -45,7 +45,7 @@ class FlowDistribution(TransformedDensity):
         super().__init__(base, validate_args)
         self.transform = transform
         self.register_module("context_standardization", None)
-        if not transform.context_dim:
+        if not transform.context_dim or not getattr(base, "takes_context", False):
             self._batch_shape, self._event_shape = self._shapes()
 
     @property
@@ -138,7 +138,7 @@ class FlowDistribution(TransformedDensity):
 
     def _shapes(self) -> tuple[Size, Size]:
         """Batch and event shape: of the base through the transform."""
-        transform = self._flow()
+        transform = self.transform
         base = self._base_dist(transform.domain.event_dim)
         shape = transform.forward_shape(base.batch_shape + base.event_shape)
         change = transform.codomain.event_dim - transform.domain.event_dim

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,17 +11,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..transforms import (
-    ActNorm,
-    Affine,
     ComposeFlow,
-    Coupling,
     FlowTransform,
-    Invertible1x1Conv,
     MultiScale,
-    Pixelwise,
-    RationalQuadratic,
     Squeeze,
-    Transformer,
 )
 from ._contributions import masks_by_share, mean_by_place, pull_with_contributions
 from .flow import FlowDistribution
@@ -38,7 +30,7 @@ class MultiScaleFlow(FlowDistribution):
     it goes on at half the height and width (see `transforms.MultiScale`). `factor_out`: "channel", "checkerboard", "none",
     or a mask for each level but the last. `squeeze_first` starts with `Squeeze`, for levels that mix channels.
     The base is standard normal on the D = C H W latents, those of the last level first. Ready-made architectures:
-    `realnvp_image`, `glow`, `rq_nsf_image`.
+    `flows.RealNVPImage`, `flows.Glow`, `flows.NSFImage`.
 
     By likelihood, in two steps: train with `factor_out="none"`, take `masks = flow.likelihood_masks(data)`, and train
     `flow.factored(masks)`, a new flow in which the elements with the larger share of the log-det pass through more
@@ -152,84 +144,3 @@ def _initialize(transform: Any, y: Tensor) -> Tensor:
     if hasattr(transform, "initialize"):
         transform.initialize(y, inverse=True)
     return transform.inverse_and_ladj(y)[0]  # type: ignore[no-any-return]
-
-
-def realnvp_image(
-    event_shape: Sequence[int],
-    *,
-    num_levels: int = 2,
-    num_layers: int = 4,
-    hidden_channels: int = 32,
-    num_blocks: int = 2,
-    factor_out: str | Sequence[Tensor] = "channel",
-) -> MultiScaleFlow:
-    """RealNVP of images: `num_layers` affine couplings a level, by checkerboards in turn, and ActNorm behind each.
-
-    Dinh et al. 2017 take three by checkerboard and three by channel, batch normalisation, and residual networks of 32 to 64
-    channels and 4 to 8 blocks.
-    """
-    level = partial(_couplings, num_layers=num_layers, hidden_dims=(hidden_channels,) * num_blocks)
-    return MultiScaleFlow(event_shape, level, num_levels, factor_out)
-
-
-def glow(
-    event_shape: Sequence[int],
-    *,
-    num_levels: int = 2,
-    num_layers: int = 4,
-    hidden_channels: int = 32,
-    num_blocks: int = 2,
-    factor_out: str | Sequence[Tensor] = "channel",
-) -> MultiScaleFlow:
-    """Glow: `num_layers` of ActNorm, 1x1 convolution and affine coupling by channel a level, after a squeeze.
-
-    Kingma & Dhariwal 2018 take 3 levels of 32 steps for CIFAR-10, and networks of 512 channels.
-    """
-    level = partial(_steps, Affine(), num_layers, hidden_dims=(hidden_channels,) * num_blocks)
-    return MultiScaleFlow(event_shape, level, num_levels, factor_out, squeeze_first=True)
-
-
-def rq_nsf_image(
-    event_shape: Sequence[int],
-    *,
-    num_levels: int = 2,
-    num_layers: int = 4,
-    hidden_channels: int = 32,
-    num_blocks: int = 2,
-    num_bins: int = 4,
-    bound: float = 3.0,
-    factor_out: str | Sequence[Tensor] = "channel",
-) -> MultiScaleFlow:
-    """RQ-NSF (C) of images: as `glow`, with rational-quadratic splines in the couplings.
-
-    Durkan et al. 2019 take 3 levels of 7 steps, 3 blocks of 96 to 128 channels and 4 to 8 bins; Bekasov & Murray 2020 3 levels of
-    4 steps, 3 blocks of 128 and 4 bins.
-    """
-    level = partial(
-        _steps,
-        RationalQuadratic(num_bins, bound),
-        num_layers,
-        hidden_dims=(hidden_channels,) * num_blocks,
-    )
-    return MultiScaleFlow(event_shape, level, num_levels, factor_out, squeeze_first=True)
-
-
-def _couplings(shape: Shape, num_layers: int, hidden_dims: Sequence[int]) -> FlowTransform:
-    """Affine couplings with checkerboards in turn."""
-    parts: list[FlowTransform] = []
-    for i in range(num_layers):
-        parts.append(Coupling(shape, hidden_dims, mask="checkerboard", flip=i % 2 == 1))
-        parts.append(Pixelwise(ActNorm(shape[0])))
-    return ComposeFlow(parts)
-
-
-def _steps(
-    transformer: Transformer, num_layers: int, shape: Shape, hidden_dims: Sequence[int]
-) -> FlowTransform:
-    """Glow's steps, with couplings of this transformer."""
-    parts: list[FlowTransform] = []
-    for _ in range(num_layers):
-        parts.append(Coupling(shape, hidden_dims, transformer=transformer, mask="channel"))
-        parts.append(Invertible1x1Conv(shape[0]))
-        parts.append(Pixelwise(ActNorm(shape[0])))
-    return ComposeFlow(parts)

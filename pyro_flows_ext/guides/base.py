@@ -39,16 +39,9 @@ from ..transforms import (
     FlowTransform,
     SinhArcsinh,
     Whitening,
-    iaf,
-    maf,
-    nsf,
-    planar,
-    radial,
-    realnvp,
-    residual,
-    sylvester,
 )
 from ..transforms.affine import check_whitening
+from ..transforms.presets import PRESETS
 from ._forecast import training_arguments
 from ._module import PortableGuide
 from ._neutra import called_by_neutra, for_neutra
@@ -59,31 +52,10 @@ from .initialization import init_to_median
 FlowFactory = Callable[[int], FlowTransform]
 
 
-def networked(
-    input_dim: int,
-    *,
-    preset: Callable[..., Any],
-    hidden_dims: Sequence[int] | None = None,
-    **options: Any,
-) -> FlowTransform:
-    """The preset of flows whose networks see other latents, without hidden layers for one latent, which has no others.
-
-    There they would make constants of constants. Adam, which moves each weight by its rate, would move the parameters of
-    a layer some 30 times as fast with two hidden layers of 64, and a stack of splines often did not settle (docs/design.md).
-    """
-    return preset(input_dim, hidden_dims=() if input_dim == 1 else hidden_dims, **options)  # type: ignore[no-any-return]
-
-
 # What `AutoFlow(model, "name")` stands for.
 FLOWS: dict[str, FlowFactory] = {
-    "planar": partial(planar, num_layers=16),
-    "radial": partial(radial, num_layers=16),
-    "sylvester": partial(sylvester, num_layers=4),
-    "realnvp": partial(realnvp, num_layers=8),
-    "nsf": partial(networked, preset=nsf, num_layers=4),
-    "iaf": partial(networked, preset=iaf, num_layers=2),
-    "maf": partial(networked, preset=maf, num_layers=2),
-    "residual": partial(residual, num_layers=4, exact_log_det=True),
+    name: partial(preset.make, num_layers=preset.guide_layers, **preset.guide_options)
+    for name, preset in PRESETS.items()
 }
 
 # Draws behind `median` and `quantiles`: the 5 % quantile of a normal then has a standard error of .02 sd.

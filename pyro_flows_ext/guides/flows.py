@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ..transforms import iaf, maf, nsf, planar, radial, realnvp, residual, sylvester
-from .base import AutoFlow, FlowOptions, networked
+from .base import AutoFlow, FlowOptions
 
 
 class AutoPlanar(AutoFlow):
@@ -93,13 +93,7 @@ class AutoNSF(AutoFlow):
         kind: str = "coupling",
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(
-            networked,
-            preset=nsf,
-            num_layers=num_layers,
-            hidden_dims=hidden_dims,
-            kind=kind,
-        )
+        flow = partial(nsf, num_layers=num_layers, hidden_dims=hidden_dims, kind=kind)
         super().__init__(model, flow, **options)
 
 
@@ -117,7 +111,7 @@ class AutoIAF(AutoFlow):
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(networked, preset=iaf, num_layers=num_layers, hidden_dims=hidden_dims)
+        flow = partial(iaf, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
 
 
@@ -135,7 +129,7 @@ class AutoMAF(AutoFlow):
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(networked, preset=maf, num_layers=num_layers, hidden_dims=hidden_dims)
+        flow = partial(maf, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, flow, **options)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -13,10 +14,11 @@ import torch
 from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from ..guides import AutoIAF, AutoNSF, AutoPlanar, AutoRadial, AutoRealNVP, AutoSylvester
+from ..guides import AutoFlow
+from ..transforms.presets import PRESETS
 from .content import are_tensors, misfit, state_of, to_bytes
 
-KIND, VERSION = "guide", 2
+KIND, VERSION = "guide", 3
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,20 @@ class GuideKind:
     description: str
 
 
+def _flow_guide(name: str, model: Callable[..., Any], num_layers: int) -> AutoGuide:
+    preset = PRESETS[name]
+    flow = partial(preset.make, num_layers=num_layers, **preset.guide_options)
+    return AutoFlow(model, flow)
+
+
+def _flow_kind(name: str) -> GuideKind:
+    preset = PRESETS[name]
+    return GuideKind(partial(_flow_guide, name), preset.guide_layers, preset.description)
+
+
 GUIDES = {
-    "iaf": GuideKind(
-        AutoIAF, 2, "inverse autoregressive flow (Kingma et al. 2016): the first choice"
-    ),
-    "realnvp": GuideKind(AutoRealNVP, 8, "affine couplings (Dinh et al. 2017)"),
-    "nsf": GuideKind(AutoNSF, 4, "spline couplings (Durkan et al. 2019)"),
-    "planar": GuideKind(AutoPlanar, 16, "planar flow (Rezende & Mohamed 2015)"),
-    "radial": GuideKind(AutoRadial, 16, "radial flow (Rezende & Mohamed 2015)"),
-    "sylvester": GuideKind(AutoSylvester, 4, "Sylvester flow (van den Berg et al. 2018)"),
+    # The first choice, and the default of the command, comes first.
+    **{name: _flow_kind(name) for name in sorted(PRESETS, key="iaf".__ne__)},
     "normal": GuideKind(
         AutoNormal, None, "independent normals, for comparison (Pyro's AutoNormal)"
     ),
@@ -48,7 +55,10 @@ GUIDES = {
 
 @dataclass(frozen=True)
 class GuideSpec:
-    """What it takes to build a guide for a model: its kind and its number of layers."""
+    """What it takes to build a guide for a model: its kind and its number of layers.
+
+    The kind is one of `GUIDES`, or the name of a class, of which a file holds no more.
+    """
 
     kind: str
     num_layers: int | None = None
@@ -67,6 +77,8 @@ class GuideSpec:
     @property
     def depth(self) -> int | None:
         """The number of layers, by default that of the kind; None for guides without layers."""
+        if self.kind not in GUIDES:
+            return self.num_layers
         return self.num_layers or GUIDES[self.kind].num_layers
 
 
@@ -74,53 +86,68 @@ class GuideSpec:
 class SavedGuide:
     """A trained guide as a file has it. The model is not part of it; neither are the data.
 
-    `target`: the name of the model. `spec`: what the guide is made of. `state`: its parameters. `data_file`: where the
-    data came from, None for those of a built-in model. `data_digest`: `digest` of the data.
+    Attributes:
+        target: the name of the model.
+        spec: what the guide is made of.
+        state: its parameters.
+        data_file: the file of the data, or None.
+        data_digest: `digest` of the data, or None where the guide was saved without.
     """
 
     target: str
     spec: GuideSpec
     state: Mapping[str, Tensor]
-    data_file: str | None
-    data_digest: str
+    data_file: str | None = None
+    data_digest: str | None = None
 
     def rebuild(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> AutoGuide:
-        """The trained guide for a model.
+        """The trained guide.
 
         Args:
-            model: the model that the guide was fitted to.
-            args: its arguments, and
+            model: the model that the guide was fitted to, or a new guide for it, made as the trained one was: needed
+                for guides that `save` wrote.
+            args: arguments of the model, and
             kwargs: its keyword arguments, as in the fit.
 
         Raises:
-            ValueError: the model has other latents than the guide was fitted to.
+            ValueError: the guide or the latents of the model are others than those of the file.
         """
-        guide = self.spec.build(model)
+        is_guide = isinstance(model, AutoGuide)
+        if not is_guide and self.spec.kind not in GUIDES:
+            raise ValueError(
+                f"rebuild: expected a new {self.spec.kind} made as the saved one was, such as {self.spec.kind}(model), got "
+                "the model alone"
+            )
+        guide: Any = model if is_guide else self.spec.build(model)
         # In a store of its own: another guide may have left parameters under the same names.
         with torch.no_grad(), pyro.poutine.block(), pyro.get_param_store().scope():
             guide(*args, **kwargs)
         try:
             guide.load_state_dict(dict(self.state))
         except (RuntimeError, ValueError) as error:
+            cause = "a guide made in another way, or " if is_guide else ""
             raise ValueError(
-                f"the guide was fitted to a model with other latents than {self.target!r} has now"
+                f"the guide was fitted to {cause}a model with other latents than {self.target!r} has now"
             ) from error
-        return guide
+        return guide  # type: ignore[no-any-return]
 
 
 def guide_to_bytes(
     target: str,
     spec: GuideSpec,
     guide: AutoGuide,
-    data: Mapping[str, Tensor],
+    data: Mapping[str, Tensor] | None = None,
     data_file: str | None = None,
 ) -> bytes:
     """The content of a file for a trained guide; of the data, only where they are and a digest."""
+    state = state_of(guide)
+    if not state:
+        raise ValueError("guide: expected one with parameters, got one that was never called")
     content = {
         "target": target,
         "guide": {"kind": spec.kind, "num_layers": spec.depth},
-        "state": state_of(guide),
-        "data": {"file": data_file, "digest": digest(data)},
+        "state": state,
+        "data": {"file": data_file, "digest": None if data is None else digest(data)},
     }
     return to_bytes(KIND, VERSION, content)
 
@@ -131,12 +158,12 @@ def guide_from(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Save
     if not (
         isinstance(content.get("target"), str)
         and isinstance(guide, dict)
-        and guide.get("kind") in list(GUIDES)
+        and isinstance(guide.get("kind"), str)
         and isinstance(guide.get("num_layers"), int | None)
         and are_tensors(content.get("state"))
         and isinstance(data, dict)
         and isinstance(data.get("file"), str | None)
-        and isinstance(data.get("digest"), str)
+        and isinstance(data.get("digest"), str | None)
     ):
         raise misfit(path, KIND)
     spec = GuideSpec(guide["kind"], guide["num_layers"])

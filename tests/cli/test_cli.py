@@ -262,13 +262,13 @@ BAD_GUIDES = {
     "foreign tensor": (torch.zeros(2), "is not a guide or density written by"),
     "newer": (
         {"format": "pyro_flows_ext guide", "version": 99},
-        "format version 99, and this release reads 2: install a newer",
+        "format version 99, and this release reads 3: install a newer",
     ),
     "older": (
         {"format": "pyro_flows_ext guide", "version": 1},
         "format version 1, .* run it again",
     ),
-    "entries": ({"format": "pyro_flows_ext guide", "version": 2, "guide": 3}, "entries do not fit"),
+    "entries": ({"format": "pyro_flows_ext guide", "version": 3, "guide": 3}, "entries do not fit"),
 }
 
 

@@ -13,8 +13,8 @@ import torch
 import pyro_flows_ext.cli.density as density_cli
 from pyro_flows_ext.datasets import DATASETS, load_rows, split_rows
 from pyro_flows_ext.distributions import TOYS
+from pyro_flows_ext.flows import FLOWS
 from pyro_flows_ext.results import load
-from pyro_flows_ext.results.densities import FLOWS
 
 Run = Callable[..., Any]
 FILES = ["density.json", "density.pt", "loss.png", "samples.png"]
@@ -69,7 +69,9 @@ def test_density_writes_files_that_open(tmp_path: Path, run: Run) -> None:
     assert report["rows"] == {"train": 80, "validation": 10, "test": 10}
     assert (report["target"], report["flow"], report["num_layers"]) == ("moons", "nsf", 1)
     assert report["entropy"] == TOYS["moons"].entropy
-    assert torch.load(out / "density.pt", weights_only=True)["spec"]["event_shape"] == [2]
+    assert torch.load(out / "density.pt", weights_only=True)["made"][0]["arguments"][
+        "event_shape"
+    ] == [2]
 
     # The numbers are those of the density in the file, on rows that it was not trained on.
     test = split_rows(load_rows("moons", num_rows=100, seed=0).values, seed=0).test
@@ -192,26 +194,30 @@ def test_sample(tmp_path: Path, run: Run) -> None:
     run("sample", tmp_path).failed(2, "holds a guide and a density")
 
 
+MADE = {"name": "NSF", "arguments": {"event_shape": 2, "num_layers": 1}}
 FINE = {
     "format": "pyro_flows_ext density",
-    "version": 1,
+    "version": 2,
     "target": "moons",
     "columns": ["a", "b"],
-    "spec": {"flow": "nsf", "event_shape": [2], "num_layers": 1, "dequantize": "no", "num_levels": None},
+    "made": [MADE],
     "state": {},
-}  # fmt: skip
+}
 BAD_FILES = {
     "foreign": ({"weights": torch.zeros(2)}, "is not a guide or density written by"),
     "newer": (
-        {**FINE, "version": 2},
-        "format version 2, and this release reads 1: install a newer",
+        {**FINE, "version": 3},
+        "format version 3, and this release reads 2: install a newer",
     ),
     "parameters": (FINE, "entries do not fit"),
     "columns": ({**FINE, "columns": 3}, "entries do not fit"),
-    "spec": ({**FINE, "spec": None}, "entries do not fit"),
-    "flow": ({**FINE, "spec": {**FINE["spec"], "flow": "magic"}}, "entries do not fit"),
-    "shape": ({**FINE, "spec": {**FINE["spec"], "event_shape": ["2"]}}, "entries do not fit"),
-    "missing": ({**FINE, "spec": {"flow": "nsf"}}, "entries do not fit"),
+    "made": ({**FINE, "made": None}, "entries do not fit"),
+    "flow": ({**FINE, "made": [{**MADE, "name": "magic"}]}, "entries do not fit"),
+    "shape": (
+        {**FINE, "made": [{"name": "NSF", "arguments": {"event_shape": "2"}}]},
+        "entries do not fit",
+    ),
+    "missing": ({**FINE, "made": [{"name": "NSF"}]}, "entries do not fit"),
 }
 
 
@@ -241,8 +247,8 @@ BAD_INPUT = {
     "key of a csv": (["data.csv", "--key", "a"], "columns with a .csv and key with an .npz"),
     "key of a set": (["moons", "--key", "a"], "key and columns with a file only"),
     "a number": (["scalar.npz"], r"expected rows \(N, D\) or images .*, got \(\)"),
-    "images by rows": (["moons", "--flow", "glow"], "'glow' is of images .*, and a row here is of shape"),
-    "one layer": (["moons", "--flow", "nested-qr", "--num-layers", 2], "'nested-qr' has one layer"),
+    "images by rows": (["moons", "--flow", "glow"], "--flow glow: expected images .C, H, W., got rows of 2 numbers"),
+    "one layer": (["moons", "--flow", "nested-qr", "--num-layers", 2], "for flow='qr', which is one linear layer, got 2"),
     "fractions": (["data.csv", "--dequantize", "uniform"], "expected whole numbers from 0 on"),
     "one dimension": (["data.csv", "--columns", "weight", "--flow", "realnvp"], "input_dim"),
     "steps": (["moons", "--steps", 0], "--steps: expected an integer of at least 1"),

@@ -1,7 +1,6 @@
 """Scores of densities beside those of a Gaussian, and pictures of images."""
 
 import math
-from dataclasses import replace
 
 import pyro.distributions as dist
 import pytest
@@ -9,7 +8,8 @@ import torch
 
 from pyro_flows_ext.diagnostics.plots_density import _sheet
 from pyro_flows_ext.diagnostics.scores import SHRINKAGE, gaussian, score
-from pyro_flows_ext.results import DensitySpec
+from pyro_flows_ext.distributions import Dequantized
+from pyro_flows_ext.flows import Residual
 
 
 def rows_of(num: int, dim: int = 2) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_the_gaussian_is_that_of_the_training_rows() -> None:
         value = expected.log_prob(validation).mean().item()
         if value > best:
             best, by_hand = value, expected.log_prob(test)
-    found = score(gaussian(DensitySpec("nsf", (3,)), train, validation), test, 1)
+    found = score(gaussian(train, validation), test, 1)
     torch.testing.assert_close(found.values, by_hand.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -41,15 +41,14 @@ def test_the_gaussian_of_columns_that_add_up() -> None:
     values = rows_of(200, 2)
     values = torch.cat([values, values.sum(-1, keepdim=True)], -1)
     train, validation, test = split_of(values)
-    found = score(gaussian(DensitySpec("nsf", (3,)), train, validation), test, 1)
+    found = score(gaussian(train, validation), test, 1)
     assert found.values.isfinite().all()
 
 
 def test_probabilities_of_whole_numbers() -> None:
     """Against the mass of a normal between x and x + 1."""
     numbers = torch.randint(0, 2, (400, 1)).float()
-    spec = DensitySpec("nsf", (1,), dequantize="uniform", num_levels=2)
-    density = gaussian(spec, numbers, numbers[:50])
+    density = gaussian(numbers, numbers[:50], num_levels=2)
     moments, whitening = density.flow.standardization, density.flow.transform
     exact = dist.Normal(
         2 * (moments.loc + moments.scale * whitening.loc),
@@ -66,11 +65,11 @@ def test_probabilities_of_whole_numbers() -> None:
 
 def test_estimates_are_called_so() -> None:
     rows = torch.randn(8, 17)
-    spec = DensitySpec("residual", (17,), 1)
-    assert score(spec.build(rows), rows, 5).kind == "estimate"
-    assert score(replace(spec, event_shape=(2,)).build(rows[:, :2]), rows[:, :2], 5).kind == "exact"
+    density = Residual(17, num_layers=1)
+    assert score(density, rows, 5).kind == "estimate"
+    assert score(Residual(2, num_layers=1), rows[:, :2], 5).kind == "exact"
     whole = rows.abs().round().clamp(max=3)
-    bound = score(replace(spec, dequantize="variational", num_levels=4).build(whole), whole, 5)
+    bound = score(Dequantized(density, "variational", num_levels=4), whole, 5)
     assert (bound.kind, bound.num_particles) == ("bound", 1)
 
 

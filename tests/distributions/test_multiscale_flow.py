@@ -3,16 +3,12 @@
 import pytest
 import torch
 
-from pyro_flows_ext.distributions.multiscale import (
-    MultiScaleFlow,
-    glow,
-    realnvp_image,
-    rq_nsf_image,
-)
+from pyro_flows_ext.distributions import MultiScaleFlow
+from pyro_flows_ext.flows import Glow, NSFImage, RealNVPImage
 from pyro_flows_ext.transforms import Pixelwise, ResidualFlow, affine_coupling
 
-MAKERS = {"realnvp": realnvp_image, "glow": glow, "rq-nsf": rq_nsf_image}
-SMALL = {"hidden_channels": 4, "num_layers": 2, "num_blocks": 1}
+MAKERS = {"realnvp": RealNVPImage, "glow": Glow, "nsf": NSFImage}
+SMALL = {"hidden_dims": (4,), "num_layers": 2}
 
 
 def perturbed(flow):
@@ -55,7 +51,7 @@ def test_contributions_are_the_logarithms_of_the_slopes():
 
 
 def test_the_smaller_shares_leave():
-    flow = perturbed(realnvp_image((1, 4, 4), factor_out="none", **SMALL).double())
+    flow = perturbed(RealNVPImage((1, 4, 4), factor_out="none", **SMALL).double())
     x = images()
     share = flow.contributions(x)[0]
     (mask,) = flow.likelihood_masks(x)
@@ -67,7 +63,7 @@ def test_the_smaller_shares_leave():
 
 
 def test_masks_at_deeper_levels_follow_the_elements():
-    flow = perturbed(realnvp_image((1, 8, 8), num_levels=3, factor_out="none", **SMALL).double())
+    flow = perturbed(RealNVPImage((1, 8, 8), num_levels=3, factor_out="none", **SMALL).double())
     x = images(shape=(1, 8, 8))
     masks = flow.likelihood_masks(x)
     factored = flow.factored(masks)
@@ -95,7 +91,7 @@ def test_initialize_whitens_the_data(make):
 
 
 def test_masks_are_saved_with_the_rest():
-    flow = perturbed(realnvp_image((1, 4, 4), factor_out="none", **SMALL).double())
+    flow = perturbed(RealNVPImage((1, 4, 4), factor_out="none", **SMALL).double())
     x = images()
     saved = perturbed(flow.factored(flow.likelihood_masks(x)))
     loaded = flow.factored("checkerboard")
@@ -107,9 +103,9 @@ def test_masks_are_saved_with_the_rest():
 
 def test_refusals():
     with pytest.raises(ValueError, match=r"\(C, H, W\)"):
-        realnvp_image((4, 4))
+        RealNVPImage((4, 4))
     with pytest.raises(ValueError, match='factor_out="none"'):
-        realnvp_image((1, 4, 4), **SMALL).contributions(images().float())
+        RealNVPImage((1, 4, 4), **SMALL).contributions(images().float())
     for level in (
         lambda shape: ResidualFlow(shape, (4,)).eval(),
         lambda shape: Pixelwise(affine_coupling(2, (4,))),

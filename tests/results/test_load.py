@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_flows_ext.flows import NSF
 from pyro_flows_ext.results import (
-    DensitySpec,
     GuideSpec,
     SavedDensity,
     SavedGuide,
@@ -82,8 +82,7 @@ def test_a_directory_must_hold_one_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected guide\.pt or density\.pt; it holds neither"):
         load(tmp_path)
     write_guide(tmp_path / "guide.pt")
-    spec = DensitySpec("nsf", (2,), 1)
-    content = density_to_bytes("moons", ("a", "b"), spec, spec.build(torch.randn(30, 2)))
+    content = density_to_bytes(NSF(2, num_layers=1), ("a", "b"), target="moons")
     (tmp_path / "density.pt").write_bytes(content)
     with pytest.raises(ValueError, match="holds a guide and a density: name one of them"):
         load(tmp_path)
@@ -94,8 +93,8 @@ def test_a_directory_must_hold_one_result(tmp_path: Path) -> None:
 
 def test_a_newer_format_names_the_cure(tmp_path: Path) -> None:
     torch.save({"format": "pyro_flows_ext guide", "version": 9}, tmp_path / "guide.pt")
-    with pytest.raises(ValueError, match=r"version 9, and this release reads 2: install a newer"):
+    with pytest.raises(ValueError, match=r"version 9, and this release reads 3: install a newer"):
         load(tmp_path)
     torch.save({"format": "pyro_flows_ext guide", "version": 1}, tmp_path / "guide.pt")
-    with pytest.raises(ValueError, match="version 1, and this release reads 2: run it again"):
+    with pytest.raises(ValueError, match="version 1, and this release reads 3: run it again"):
         load(tmp_path)

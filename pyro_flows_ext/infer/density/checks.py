@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...distributions import Density, Dequantized, FlowDistribution
+from ...distributions import Density, Dequantized, FlowDistribution, MultiScaleFlow
+from ...transforms import ActNorm
 from .rows import HEAD_ROWS, Batch, Rows, Stream
 
 CHUNK = 65_536
@@ -18,6 +19,8 @@ CHUNK = 65_536
 LEAST_SCALE, LARGEST_SCALE, LARGEST_MEAN = 1e-2, 1e2, 1e2
 # Columns whose scales differ by more than this are standardised although each is within the range above.
 LARGEST_RATIO = 1e3
+# Rows that ActNorms start from.
+INITIAL_ROWS = 2000
 # A column of fewer distinct values than one in this many rows repeats them: real numbers hardly ever do.
 REPEATS = 10
 # Rows below which repeated values are a matter of chance and rounding.
@@ -35,6 +38,11 @@ class Moments:
     count: int
     mean: Tensor
     sd: Tensor
+
+    def dequantized(self, num_levels: int) -> Moments:
+        """Of whole numbers 0 ... L - 1 with uniform noise, brought to [0, 1)."""
+        sd = (self.sd.square() + 1 / 12).sqrt()
+        return Moments(self.count, (self.mean + 0.5) / num_levels, sd / num_levels)
 
     def per_channel(self) -> Moments:
         """Over the pixels of images `(C, H, W)`: `(C, 1, 1)`."""
@@ -162,6 +170,11 @@ def standardize(
     like = next(density.parameters())
     if moments.mean.dim() == 3:
         moments = moments.per_channel()
+    whole = density
+    if isinstance(density, Dequantized) and density.preprocess is None:
+        # Its flow sees whole numbers with noise, brought to [0, 1).
+        moments = moments.dequantized(int(density.num_levels))
+        density = density.flow
     if how is False:
         _warn_of_scales(moments, "pass standardize=True")
         return
@@ -176,7 +189,7 @@ def standardize(
         _check_resolution(moments, like.dtype)
         return
     try:
-        before = _score(density, rows.head(512), like) if how == "auto" else -math.inf
+        before = _score(whole, rows.head(512), like) if how == "auto" else -math.inf
         density.standardize(moments.mean, _positive(moments.sd))
     except (TypeError, ValueError) as error:
         if how is True:
@@ -185,9 +198,28 @@ def standardize(
             _warn_of_scales(moments, "standardise the data")
         return
     # A density that was trained in the units of the data keeps them.
-    if how == "auto" and before > _score(density, rows.head(512), like):
+    if how == "auto" and before > _score(whole, rows.head(512), like):
         density.standardization = None
     _check_resolution(moments, like.dtype)
+
+
+@torch.no_grad()
+def initialize(density: Density, rows: Rows) -> None:
+    """Starts the ActNorms of a new density of images from the data; those that were started stay as they are."""
+    like = next(density.parameters())
+    images = density.flow if isinstance(density, Dequantized) else density
+    norms = [part for part in density.modules() if isinstance(part, ActNorm)]
+    if not isinstance(images, MultiScaleFlow) or any(bool(part.initialized) for part in norms):
+        return
+    batch = rows.head(INITIAL_ROWS).to(like)
+    values = batch.values
+    if isinstance(density, Dequantized):
+        values = (values + torch.rand_like(values)) / density.num_levels
+        if density.preprocess is not None:
+            values = density.preprocess.forward_and_ladj(values)[0]
+    if batch.context is not None:
+        images = images.condition(batch.context)
+    images.initialize(values)
 
 
 def is_far(moments: Moments) -> bool:

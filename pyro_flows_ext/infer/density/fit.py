@@ -16,7 +16,7 @@ from torch import Tensor
 from ...distributions import Density
 from .._loop import OptimFactory, check_settings, decay, seeded, warn_of_skipped
 from ..training import checkpoint as files
-from .checks import check_rows, objective, standardize, warn_of_discrete
+from .checks import check_rows, initialize, objective, standardize, warn_of_discrete
 from .rows import Rows, Table, read_rows, split_rows
 from .run import DensityTrainingState, Run, Settings, trained
 
@@ -36,7 +36,7 @@ class DensityFitResult:
         seconds: of steps and evaluations.
         density: the density, in eval mode.
         first_steps: steps of the part that trains first.
-        columns: names of the columns of a DataFrame, or None.
+        columns, context_columns: names of the columns of DataFrames, or None.
     """
 
     losses: Tensor
@@ -52,6 +52,7 @@ class DensityFitResult:
     first_steps: int = 0
     interrupted: bool = False
     columns: list[str] | None = None
+    context_columns: list[str] | None = None
 
 
 def fit_density(
@@ -165,7 +166,7 @@ def fit_density(
                 if saved is not None:
                     run.resume(saved)
                     saved = None
-                parts.append(_result(run, run.run(), rows.columns))
+                parts.append(_result(run, run.run(), rows))
             if parts[-1].interrupted:
                 break
             kept["first"] = {k: v for k, v in vars(parts[-1]).items() if k != "density"}
@@ -176,7 +177,7 @@ def fit_density(
     return result
 
 
-def _result(run: Run, interrupted: bool, columns: list[str] | None) -> DensityFitResult:
+def _result(run: Run, interrupted: bool, rows: Rows) -> DensityFitResult:
     state = run.state
     return DensityFitResult(
         losses=torch.tensor(state.losses, dtype=torch.float64),
@@ -190,7 +191,8 @@ def _result(run: Run, interrupted: bool, columns: list[str] | None) -> DensityFi
         seconds=run.seconds,
         density=run.density,
         interrupted=interrupted,
-        columns=columns,
+        columns=rows.columns,
+        context_columns=rows.context_columns,
     )
 
 
@@ -248,6 +250,7 @@ def _prepare(density: Density, train: Rows, held_out: Rows | None, how: bool | s
             check_rows("validation context", held_out, like.dtype, "context")
     warn_of_discrete("data", density, train, moments)
     standardize(density, train, moments, how, context)
+    initialize(density, train)
 
 
 @torch.no_grad()

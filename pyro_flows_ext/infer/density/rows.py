@@ -44,6 +44,7 @@ class Rows(Protocol):
     """Data that can be read many times."""
 
     columns: list[str] | None
+    context_columns: list[str] | None
 
     def epoch(self, batch_size: int) -> Iterator[Batch]:
         """The rows in a new order; what is left over at the end is left out."""
@@ -65,9 +66,10 @@ class Table:
         weights: Tensor | None = None,
         columns: list[str] | None = None,
         index: Tensor | None = None,
+        context_columns: list[str] | None = None,
     ):
         self.parts: tuple[Tensor, Tensor | None, Tensor | None] = (values, context, weights)
-        self.columns, self.index = columns, index
+        self.columns, self.index, self.context_columns = columns, index, context_columns
 
     def __len__(self) -> int:
         return len(self.parts[0] if self.index is None else self.index)
@@ -99,13 +101,14 @@ class Table:
     def select(self, index: Tensor) -> Table:
         """Some of the rows, in the order of the data, over the same memory."""
         index = index.sort().values.to(self.parts[0].device)  # type: ignore[union-attr]
-        return Table(*self.parts, self.columns, index)  # type: ignore[arg-type]
+        return Table(*self.parts, self.columns, index, self.context_columns)  # type: ignore[arg-type]
 
 
 class Stream:
     """Batches of an iterable: a loader, or any object that can be iterated more than once."""
 
     columns: list[str] | None = None
+    context_columns: list[str] | None = None
 
     def __init__(self, name: str, batches: Iterable[Any], takes_context: bool):
         self.name, self.batches, self.takes_context = name, batches, takes_context
@@ -186,15 +189,14 @@ def read_rows(
     values, columns = as_tensor(name, data)
     if values.dim() == 0 or len(values) == 0:
         raise ValueError(f"{name}: expected at least one row, got shape {tuple(values.shape)}")
-    parts = [
-        None if part is None else _beside(part_name, part, values)
-        for part_name, part in (("context", context), ("weights", weights))
-    ]
-    if parts[0] is not None and parts[0].dim() == 1:
-        parts[0] = parts[0].unsqueeze(-1)
-    if parts[1] is not None:
-        _check_weights(parts[1])
-    return Table(values, parts[0], parts[1], columns)
+    context_columns = None
+    if context is not None:
+        context, context_columns = _beside("context", context, values)
+        context = context.unsqueeze(-1) if context.dim() == 1 else context
+    if weights is not None:
+        weights, _ = _beside("weights", weights, values)
+        _check_weights(weights)
+    return Table(values, context, weights, columns, None, context_columns)
 
 
 def split_rows(rows: Rows, share: float, batch_size: int) -> tuple[Rows, Rows | None]:
@@ -301,14 +303,14 @@ def _is_number(kind: Any) -> bool:
     return text.startswith(("int", "uint", "float", "bool", "double"))
 
 
-def _beside(name: str, data: Any, values: Tensor) -> Tensor:
-    """A tensor with a row for each of the values."""
-    tensor, _ = as_tensor(name, data)
+def _beside(name: str, data: Any, values: Tensor) -> tuple[Tensor, list[str] | None]:
+    """A tensor with a row for each of the values, and the names of its columns."""
+    tensor, columns = as_tensor(name, data)
     if tensor.dim() == 0 or len(tensor) != len(values):
         raise ValueError(
             f"{name}: expected one row for each of the {len(values)} rows of data, got shape {tuple(tensor.shape)}"
         )
-    return tensor.to(values.device)
+    return tensor.to(values.device), columns
 
 
 def _check_weights(weights: Tensor) -> None:

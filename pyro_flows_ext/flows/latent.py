@@ -1,0 +1,155 @@
+"""Densities of vectors with latent indices, ordered latents or a learned low-dimensional base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributions import Distribution
+
+from ..distributions import ContinuouslyIndexedFlow, FlowVAE, NestedDropoutFlow
+from ..ops import check_positive
+from ..transforms import LULinear, QRLinear
+from ..transforms.presets import PRESETS
+from .recipe import base_of, read_size, recorded
+
+LINEAR: dict[str, Any] = {"qr": QRLinear, "lu": LULinear}
+
+
+@recorded
+def CIF(
+    event_shape: int | Sequence[int],
+    context_dim: int = 0,
+    num_layers: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    base: Distribution | nn.Module | None = None,
+    *,
+    flow: str = "maf",
+    index_dim: int = 1,
+    **options: Any,
+) -> ContinuouslyIndexedFlow:
+    """Lower bound: a continuously indexed flow, whose layers differ by latent indices.
+
+    For data with holes, edges and separate parts, which no continuous map of a Gaussian has. Draws are exact.
+
+    Args:
+        event_shape, base: as in `NSF`.
+        context_dim: 0, as its densities take no context.
+        num_layers: number of layers of the flow; its own default for None.
+        hidden_dims: widths of the networks of the flow.
+        flow: a name in `transforms.presets.PRESETS`.
+        index_dim: the length of each index.
+        options: of the flow.
+
+    Returns:
+        A `ContinuouslyIndexedFlow`: `log_prob` is one draw of the bound, `log_prob_bound` takes many.
+
+    Raises:
+        ValueError: for a context, an unknown flow and arguments out of range.
+
+    Example:
+        >>> CIF(2, num_layers=2).log_prob_bound(torch.zeros(5, 2), 10).shape
+        torch.Size([5])
+
+    References:
+        Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
+        Normalising Flows.
+    """
+    if context_dim:
+        raise ValueError(
+            f"context_dim: expected 0, as CIF takes no context, got {context_dim!r}; NSF takes one"
+        )
+    size = read_size(event_shape)
+    transform = _preset(flow, size, num_layers, hidden_dims, **options)
+    return ContinuouslyIndexedFlow(base_of(size, base), transform, index_dim)  # type: ignore[arg-type]
+
+
+@recorded
+def NestedDropout(
+    event_shape: int | Sequence[int],
+    num_layers: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    base: Distribution | nn.Module | None = None,
+    *,
+    flow: str = "qr",
+    index_prob: float = 0.33,
+    reconstruction_weight: float = 20.0,
+    **options: Any,
+) -> NestedDropoutFlow:
+    """An exact density whose latents are ordered: the first few reconstruct the data.
+
+    Args:
+        event_shape, base: as in `NSF`.
+        num_layers, hidden_dims: of the flow; None for "qr" and "lu".
+        flow: "qr" or "lu", one linear layer, or a name in `transforms.presets.PRESETS`.
+        index_prob, reconstruction_weight: as in `NestedDropoutFlow`.
+        options: of the flow.
+
+    Example:
+        >>> flow = NestedDropout(4)
+        >>> flow.reconstruct(torch.zeros(5, 4), 2).shape
+        torch.Size([5, 4])
+
+    References:
+        Bekasov & Murray 2020, Ordering Dimensions with Nested Dropout Normalizing Flows.
+    """
+    size = read_size(event_shape)
+    if flow in LINEAR:
+        if num_layers not in (None, 1) or hidden_dims is not None:
+            raise ValueError(
+                f"num_layers, hidden_dims: expected none for flow={flow!r}, which is one linear layer, got "
+                f"{num_layers!r} and {hidden_dims!r}"
+            )
+        transform: Any = LINEAR[flow](size, **options)
+    else:
+        transform = _preset(flow, size, num_layers, hidden_dims, **options)
+    return NestedDropoutFlow(
+        base_of(size, base),
+        transform,
+        index_prob=index_prob,
+        reconstruction_weight=reconstruction_weight,
+    )
+
+
+@recorded
+def VAE(
+    event_shape: int | Sequence[int],
+    num_layers: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    flow: str = "nsf",
+    latent_dim: int | None = None,
+    **options: Any,
+) -> FlowVAE:
+    """Lower bound: an exact flow whose base is a small variational autoencoder of `latent_dim` numbers.
+
+    Args:
+        event_shape: D or `(D,)`.
+        num_layers, hidden_dims: of the flow.
+        flow: a name in `transforms.presets.PRESETS`.
+        latent_dim: dimension of the noise; half of D and at most 8 by default.
+        options: of the flow.
+
+    Example:
+        >>> VAE(6).encode(torch.zeros(5, 6)).shape
+        torch.Size([5, 3])
+
+    References:
+        Das, Abbeel & Spanos 2019, Dimensionality Reduction Flows, section 3.1.
+    """
+    size = read_size(event_shape)
+    transform = _preset(flow, size, num_layers, hidden_dims, **options)
+    return FlowVAE(transform, size, max(1, min(8, size // 2)) if latent_dim is None else latent_dim)
+
+
+def _preset(
+    flow: str, size: int, num_layers: int | None, hidden_dims: Sequence[int] | None, **options: Any
+) -> Any:
+    """The transform of a preset, in the orientation that scores data in one pass."""
+    if flow not in PRESETS:
+        raise ValueError(f"flow: expected one of {', '.join(PRESETS)}; got {flow!r}")
+    preset = PRESETS[flow]
+    depth = preset.num_layers if num_layers is None else check_positive("num_layers", num_layers)
+    transform = preset.make(size, num_layers=depth, hidden_dims=hidden_dims, **options)
+    return transform.inv if preset.is_pushing else transform
