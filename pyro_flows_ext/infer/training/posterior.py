@@ -40,13 +40,15 @@ class FlowPosterior:
     def weigh(self, num: int) -> ImportanceResult:
         """`num` draws: one pass of the flow and one of the model, in chunks."""
         base, transform = self.guide.get_base_dist(), self.guide.get_transform()
-        us, weights = [], []
+        us, log_joints, log_guides = [], [], []
         for first in range(0, num, CHUNK):
             z = base.sample(torch.Size([min(CHUNK, num - first)]))
             u, ladj = transform.forward_and_ladj(z)
             us.append(u)
-            weights.append(self.log_joint(u) - base.log_prob(z) + ladj)
-        return weigh(self.log_joint.constrain(torch.cat(us)), torch.cat(weights))
+            log_joints.append(self.log_joint(u))
+            log_guides.append(base.log_prob(z) - ladj)
+        samples = self.log_joint.constrain(torch.cat(us))
+        return weigh(samples, torch.cat(log_joints), torch.cat(log_guides))
 
     def start(self) -> tuple[LogJoint, Start]:
         """The flow's own coordinates."""
@@ -69,7 +71,7 @@ class GuidePosterior:
 
     def weigh(self, num: int) -> ImportanceResult:
         particles = draw_particles(*self.call, num_samples=num)
-        return weigh(particles.samples, particles.log_weights)
+        return weigh(particles.samples, particles.log_joint, particles.log_guide)
 
     def start(self) -> tuple[LogJoint, Start]:
         return start_at(*self.call)

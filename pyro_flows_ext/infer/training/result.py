@@ -32,7 +32,7 @@ class FitResult:
             `sample` returns draws of the posterior.
         reason: "trusted", "level" (more steps of this guide gain nothing), "out of steps", "fixed" (`num_steps=`),
             "interrupted", or "not finite" (100 steps in a row; the best state seen is returned).
-        advice: what to try next, one sentence each; empty where trusted.
+        advice: what to try next, one sentence each; where trusted, only latents whose tails have no variance.
         importance: the last draws of the guide with their weights; None where the model gives none (mini-batches).
         refined: chains of HMC in the guide's coordinates, where they were run.
         elbo, elbo_se: the bound in nats and its standard error: of the weighted draws, else of the last steps.

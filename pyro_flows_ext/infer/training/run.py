@@ -27,7 +27,7 @@ from .result import FitResult
 from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds, run_round
 from .timing import Timing
 from .trainer import Trainer
-from .verdict import TrustCheck, advice
+from .verdict import TrustCheck, advice, sentences
 
 # Draws weighed after a round.
 NUM_DRAWS = 2000
@@ -296,6 +296,7 @@ class Run:
         importance = None if self.check is None else self.check.importance
         refined = None if self.check is None else self.check.refined
         findings = [] if self.check is None else self.check.findings
+        caveats = [] if self.check is None else self.check.caveats
         if self.problem is not None:
             findings = [self.problem, *findings]
         window_elbo, window_se, level = _window(losses)
@@ -306,7 +307,9 @@ class Run:
             guide=self.guide,
             trusted=trusted,
             reason="trusted" if trusted else reason,
-            advice=() if trusted else advice(reason, importance, refined, findings),
+            advice=tuple(
+                sentences(caveats) if trusted else advice(reason, importance, refined, findings)
+            ),
             importance=importance,
             refined=refined,
             elbo=elbo,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...ops import pareto_smooth
 from ..importance import ImportanceResult
 from ..refine import RefineResult, refine_density, uncovered, verify
 from ..refine.refine import latent_names
@@ -27,6 +28,8 @@ LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.1, 0.02
 # Largest Monte Carlo error of an sd, relative; a normal latent has .022 from 1000 draws. An sd that is known worse, twice, is
 # one of a latent whose tails have no variance, or nearly none.
 MAX_SD_ERROR, MAX_IMPRECISE = 0.05, 2
+# From this Pareto shape of a tail on the latent has no variance: its sd is not a number that could be known.
+NO_VARIANCE = 0.5
 # Below this effective share chains run twice as long.
 FAIR_EFFICIENCY = 0.2
 
@@ -43,6 +46,7 @@ class TrustCheck:
         modes: modes of the posterior known from the warm start.
         findings: reasons not to trust draws that weights and chains agree on: modes that are not covered, sds that are
             not known. More steps do not help against them.
+        caveats: what to mind where the draws are trusted: latents whose tails have no variance.
     """
 
     posterior: Posterior
@@ -53,6 +57,7 @@ class TrustCheck:
     importance: ImportanceResult | None = None
     refined: RefineResult | None = None
     findings: list[str] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
     budget: int = REFINE_GRADIENTS
     num_imprecise: int = 0
 
@@ -99,23 +104,38 @@ class TrustCheck:
     def _has_no_findings(self) -> bool:
         imprecise = self._imprecise()
         self.num_imprecise += bool(imprecise)
-        if (
-            imprecise and self.num_imprecise < MAX_IMPRECISE
-        ):  # other draws, after a round of training, may do
+        # Other draws, after a round of training, may do.
+        if imprecise and self.num_imprecise < MAX_IMPRECISE:
             return False
         self.findings = [*self._uncovered_modes(), *imprecise]
         return not self.findings
 
     def _imprecise(self) -> list[str]:
-        """Sentences on the latents whose sd is not known well enough."""
-        found = []
+        """Sentences on the latents whose sd is not known well enough, though they have one."""
+        found: list[str] = []
+        self.caveats = []
         for name, errors in self._sd_errors().items():
-            if not bool((errors <= MAX_SD_ERROR).all()):
+            imprecise = ~(errors <= MAX_SD_ERROR)
+            if not bool(imprecise.any()):
+                continue
+            draws = self._draws()[name]
+            columns = draws.reshape(len(draws), -1)[:, imprecise].unbind(-1)
+            if min(tail_shape(x) for x in columns) > NO_VARIANCE:
+                self.caveats.append(
+                    f"{name} has tails without a variance: use quantiles in place of its mean and sd"
+                )
+            else:
                 found.append(
                     f"the sd of {name} is known to {errors.max().item():.0%} only, since its tails are heavy: use "
                     "quantiles, and compare with a long run of NUTS"
                 )
         return found
+
+    def _draws(self) -> dict[str, Tensor]:
+        """Equally weighted draws `(N, *shape)` by site, those that the verdict is about."""
+        if self.refined is not None:
+            return self.refined.flat()
+        return {} if self.importance is None else self.importance.resample()
 
     def _sd_errors(self) -> dict[str, Tensor]:
         """The relative Monte Carlo error of the sd of each latent number, by site."""
@@ -156,6 +176,15 @@ def chain_sd_error(draws: Tensor) -> Tensor:
     return _half_of(moments.std(0) / len(moments) ** 0.5, moments.mean(0))
 
 
+def tail_shape(draws: Tensor) -> float:
+    """The Pareto shape k of the tails of draws `(N)`, larger for heavier ones: moments of order 1 / k and above are infinite.
+
+    Vehtari et al. 2024, Pareto smoothed importance sampling, section 4: the same estimate for draws as for weights.
+    """
+    x = draws.detach().double()
+    return pareto_smooth((x - x.median()).abs().log())[1].item()
+
+
 def weighted_sd_error(draws: Tensor, weights: Tensor) -> Tensor:
     """The relative standard error of the sd of draws `(N, *)` with normalised weights `(N)`."""
     x, w = draws.detach().double().reshape(len(draws), -1), weights.to(draws.device)[:, None]
@@ -169,6 +198,11 @@ def _half_of(error: Tensor, moment: Tensor) -> Tensor:
     return torch.where(moment > 0, error / (2 * moment), 0.0)
 
 
+def sentences(texts: Sequence[str]) -> list[str]:
+    """Texts with a capital and a full stop."""
+    return [f"{text[0].upper()}{text[1:]}." for text in texts]
+
+
 def advice(
     reason: str,
     importance: ImportanceResult | None,
@@ -176,7 +210,7 @@ def advice(
     findings: Sequence[str],
 ) -> tuple[str, ...]:
     """What to try next, for a result that is not trusted."""
-    lines = [f"{text[0].upper()}{text[1:]}." for text in findings]
+    lines = sentences(findings)
     if refined is not None and not refined.mixed:
         lines.append(f"Chains do not mix: {'; '.join(refined.problems)}.")
     if importance is not None and not (math.isnan(importance.k_hat) or importance.reliable):

@@ -77,6 +77,21 @@ def test_a_guide_that_cannot_fit_is_refined_by_chains():
     assert (not result.trusted) or error < 0.15
 
 
+def test_a_latent_without_a_variance_is_named_and_does_not_cost_the_trust():
+    def model():
+        pyro.sample("scale", dist.HalfCauchy(torch.ones((), dtype=torch.float64)))
+        pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+
+    result = fit(model, AutoIAF(model), seed=0, progress=False, max_steps=1000)
+    assert result.trusted
+    (sentence,) = result.advice
+    assert sentence.startswith("Scale has tails without a variance: use quantiles")
+    # Quartiles of a half-Cauchy: tan(π / 8), 1, tan(3 π / 8).
+    draws = result.sample(4000)["scale"].quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    expected = torch.tan(torch.pi / 8 * torch.tensor([1.0, 2.0, 3.0]).double())
+    torch.testing.assert_close(draws, expected, rtol=0.2, atol=0)
+
+
 def two_modes():
     z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 10.0))
     parts = dist.Normal(torch.tensor([-6.0, 6.0], dtype=torch.float64), 0.3)
