@@ -37,6 +37,7 @@ __all__ = [
     "ImportanceWeightedELBO",
     "MultiScaleFlow",
     "NestedDropoutFlow",
+    "datasets",
     "diagnostics",
     "distributions",
     "fit",
@@ -46,7 +47,11 @@ __all__ = [
     "importance",
     "infer",
     "load",
+    "nn",
+    "ops",
+    "programs",
     "refine",
+    "results",
     "save",
     "summary",
     "testing",
@@ -101,7 +106,20 @@ _ROOMS: dict[str, tuple[str, ...]] = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 if TYPE_CHECKING:
-    from . import diagnostics, distributions, flows, guides, infer, testing, transforms
+    from . import (
+        datasets,
+        diagnostics,
+        distributions,
+        flows,
+        guides,
+        infer,
+        nn,
+        ops,
+        programs,
+        results,
+        testing,
+        transforms,
+    )
     from .diagnostics import summary, to_inference_data  # type: ignore[no-redef]
     from .distributions import (
         ContinuouslyIndexedFlow,
@@ -138,12 +156,14 @@ if TYPE_CHECKING:
     from .results import load, save
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOM_OF:
-        return getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
-    if name in __all__:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for granted
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOM_OF:
+            return getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
+        if name in __all__:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

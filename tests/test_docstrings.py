@@ -1,6 +1,6 @@
 """The examples in docstrings run, in every module of the package, and so do the Python blocks of docs/transforms.md.
 
-Examples use `torch`, `pyro`, `pyro.distributions` as `dist`, and the public names of the package without an import.
+Examples use `torch`, `pyro`, `pyro.distributions` as `dist`, the package as `pf`, and the public names of the package without an import.
 """
 
 import doctest
@@ -36,7 +36,7 @@ def _modules():
 
 
 def _names():
-    names = {"torch": torch, "pyro": pyro, "dist": dist}
+    names = {"torch": torch, "pyro": pyro, "dist": dist, "pf": pyro_flows_ext}
     for room in ROOMS:
         module = importlib.import_module(f"pyro_flows_ext.{room}")
         public = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])

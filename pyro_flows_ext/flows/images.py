@@ -53,7 +53,7 @@ def Glow(
         ValueError: for arguments out of range, and sizes that do not fit the levels.
 
     Example:
-        >>> Glow((1, 8, 8), num_layers=2).sample((5,)).shape
+        >>> pf.flows.Glow((1, 8, 8), num_layers=2).sample((5,)).shape
         torch.Size([5, 1, 8, 8])
 
     References:
@@ -81,7 +81,7 @@ def RealNVPImage(
         num_layers: couplings a level.
 
     Example:
-        >>> RealNVPImage((1, 4, 4), num_layers=2).sample((5,)).shape
+        >>> pf.flows.RealNVPImage((1, 4, 4), num_layers=2).sample((5,)).shape
         torch.Size([5, 1, 4, 4])
 
     References:
@@ -112,7 +112,7 @@ def NSFImage(
         num_bins, bound: as in `transforms.RationalQuadratic`.
 
     Example:
-        >>> NSFImage((1, 4, 4), num_layers=1).sample((5,)).shape
+        >>> pf.flows.NSFImage((1, 4, 4), num_layers=1).sample((5,)).shape
         torch.Size([5, 1, 4, 4])
 
     References:

@@ -49,7 +49,7 @@ def CIF(
         ValueError: for a context, an unknown flow and arguments out of range.
 
     Example:
-        >>> CIF(2, num_layers=2).log_prob_bound(torch.zeros(5, 2), 10).shape
+        >>> pf.flows.CIF(2, num_layers=2).log_prob_bound(torch.zeros(5, 2), 10).shape
         torch.Size([5])
 
     References:
@@ -87,7 +87,7 @@ def NestedDropout(
         options: of the flow.
 
     Example:
-        >>> flow = NestedDropout(4)
+        >>> flow = pf.flows.NestedDropout(4)
         >>> flow.reconstruct(torch.zeros(5, 4), 2).shape
         torch.Size([5, 4])
 
@@ -132,7 +132,7 @@ def VAE(
         options: of the flow.
 
     Example:
-        >>> VAE(6).encode(torch.zeros(5, 6)).shape
+        >>> pf.flows.VAE(6).encode(torch.zeros(5, 6)).shape
         torch.Size([5, 3])
 
     References:

@@ -51,7 +51,7 @@ def NSF(
         ValueError: for arguments out of range.
 
     Example:
-        >>> flow = NSF(3, context_dim=2)
+        >>> flow = pf.flows.NSF(3, context_dim=2)
         >>> flow.condition(torch.zeros(5, 2)).sample().shape
         torch.Size([5, 3])
 
@@ -91,7 +91,7 @@ def MAF(
         options: as in `transforms.maf`.
 
     Example:
-        >>> MAF(3).log_prob(torch.zeros(5, 3)).shape
+        >>> pf.flows.MAF(3).log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -127,7 +127,7 @@ def IAF(
         options: as in `transforms.iaf`.
 
     Example:
-        >>> IAF(3).rsample((5,)).shape
+        >>> pf.flows.IAF(3).rsample((5,)).shape
         torch.Size([5, 3])
 
     References:
@@ -164,7 +164,7 @@ def RealNVP(
         options: as in `transforms.realnvp`, or `transforms.glow_vector` where `linear` is true.
 
     Example:
-        >>> RealNVP(3, linear=True).sample((5,)).shape
+        >>> pf.flows.RealNVP(3, linear=True).sample((5,)).shape
         torch.Size([5, 3])
 
     References:
@@ -198,7 +198,7 @@ def NICE(
         options: as in `transforms.nice`.
 
     Example:
-        >>> NICE(3).sample((5,)).shape
+        >>> pf.flows.NICE(3).sample((5,)).shape
         torch.Size([5, 3])
 
     References:
@@ -233,7 +233,7 @@ def Residual(
         options: as in `transforms.ResidualFlow`.
 
     Example:
-        >>> Residual(2, num_layers=2).eval().log_prob(torch.zeros(5, 2)).shape
+        >>> pf.flows.Residual(2, num_layers=2).eval().log_prob(torch.zeros(5, 2)).shape
         torch.Size([5])
 
     References:
@@ -265,7 +265,7 @@ def Planar(
         hidden_dims: widths of the network that reads the context; None without one.
 
     Example:
-        >>> Planar(3).log_prob(torch.zeros(5, 3)).shape
+        >>> pf.flows.Planar(3).log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -291,7 +291,7 @@ def Radial(
         hidden_dims: widths of the network that reads the context; None without one.
 
     Example:
-        >>> Radial(3).sample((5,)).shape
+        >>> pf.flows.Radial(3).sample((5,)).shape
         torch.Size([5, 3])
 
     References:
@@ -324,7 +324,7 @@ def Sylvester(
         options: as in `transforms.sylvester`.
 
     Example:
-        >>> Sylvester(3, rank=2).log_prob(torch.zeros(5, 3)).shape
+        >>> pf.flows.Sylvester(3, rank=2).log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
 
     References:
