@@ -54,7 +54,12 @@ def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
         in_model = model_trace.nodes.get(name)
         if not is_latent(site) or site["infer"].get("is_auxiliary"):
             continue
-        if in_model is not None and in_model["is_observed"]:
+        if in_model is None:
+            raise ValueError(
+                f"latent {name!r} of the guide is not in the model, and would count in the guide's density alone: take it "
+                "out of the guide; or, if the model has a factor for it, mark it infer={'is_auxiliary': True}"
+            )
+        if in_model["is_observed"]:
             raise ValueError(
                 f"site {name!r} is drawn by the guide and observed by the model: expected one of both; hide it from the "
                 f"guide by poutine.block(model, hide=[{name!r}]), or take the data away"

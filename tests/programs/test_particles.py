@@ -206,3 +206,16 @@ def test_nan_arguments_are_named_before_the_guide_is_called():
     with pytest.raises(ValueError, match=r"^y: 1 of 6 values is NaN, the first in row 2 "):
         draw_particles(nested, guide, (torch.where(Y == 0.1, torch.nan, Y),), num_samples=3)
     assert guide.prototype_trace is None
+
+
+def test_a_latent_of_the_guide_alone_is_refused():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("mu", dist.Normal(0.5, 1.0))
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="latent 'extra' of the guide is not in the model"):
+        draw_particles(model, guide, num_samples=10)

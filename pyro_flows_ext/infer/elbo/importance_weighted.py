@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from ...programs import Program, vectorization_error
+from ...programs import Program, traces_of, vectorization_error
 from .path_gradients import CutMessenger, has_parameters, through_draws
 from .weights import Weights, check_latents, importance_weights
 
@@ -191,6 +191,8 @@ class ImportanceWeightedELBO(ELBO):
         super()._guess_max_plate_nesting(model, guide, args, kwargs)
         if isinstance(poutine.unwrap(guide), Messenger):
             return
+        with torch.random.fork_rng(devices=[]):
+            check_latents(*traces_of(model, guide, args, kwargs))
         reason = vectorization_error(model, guide, args, kwargs)
         if reason is not None:
             raise ValueError(
