@@ -22,7 +22,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_flows_ext.diagnostics import importance
 from pyro_flows_ext.guides import AutoCIF, AutoFlow
-from pyro_flows_ext.guides.indexed import STEPS
+from pyro_flows_ext.guides.cif import STEPS
 from pyro_flows_ext.infer import fit
 from pyro_flows_ext.transforms import ComposeFlow, Whitening
 

@@ -1,8 +1,9 @@
 """Flow guides: Pyro AutoGuides whose density is a normalizing flow."""
 
 from .amortized import AutoAmortizedFlow
-from .base import AutoFlow
+from .cif import AutoCIF
 from .flows import (
+    AutoFlow,
     AutoIAF,
     AutoMAF,
     AutoNSF,
@@ -13,7 +14,6 @@ from .flows import (
     AutoSylvester,
 )
 from .hamiltonian import AutoHamiltonian
-from .indexed import AutoCIF
 from .reparam import CircularReparam
 
 __all__ = [

@@ -1,8 +1,9 @@
-"""Guides whose density is known of the latents with auxiliary variables alone, and reverse models to take those out."""
+"""Guides with auxiliary variables: an exact joint density, a reverse model, and a lower bound on the latents' density."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,26 +15,26 @@ from torch import Tensor
 
 from ..ops import check_positive
 from ..transforms import FlowTransform
-from .base import AutoFlow
+from .base import FlowGuide
 
 
 class AugmentedFlow(FlowTransform):
     """noise -> (z, u): latents z `(*, D)` and auxiliary variables u as one flow, with log r(u | z) from the same pass.
 
-    Of vectors `(*, input_dim)`, the first D = `latent_dim` numbers being z; log|det| exact. A subclass writes `_push`
-    and `_pull`. A pass is remembered with its log r.
+    Vectors are `(*, input_dim)`; the first D = `latent_dim` numbers are z; log|det| is exact. A subclass defines `_push`
+    and `_pull`. The cache of the last pass includes its log r.
     """
 
     latent_dim: int
     input_dim: int
 
+    @abstractmethod
     def _push(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y `(*, input_dim)`; log|det| and log r, `(2, *)`."""
-        raise TypeError(f"{type(self).__name__} must define _push(x)")
 
+    @abstractmethod
     def _pull(self, z: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The noise x that gives (z, rest); log|det| of the inverse and log r, `(2, *)`. None: `rest` is drawn from r."""
-        raise TypeError(f"{type(self).__name__} must define _pull(z, rest)")
+        """The noise x of (z, rest); log|det| of the inverse and log r, `(2, *)`. If `rest` is None, it is drawn from r."""
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, (ladj, _) = self._push(x)
@@ -44,11 +45,11 @@ class AugmentedFlow(FlowTransform):
         return x, ladj
 
     def pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise that gives z `(*, D)`, with u from r; log|det| of the inverse and log r, `(2, *)`."""
+        """The noise of (z, u) with z `(*, D)` given and u ~ r(u | z); log|det| of the inverse and log r, `(2, *)`."""
         return self._pull(z, None)
 
     def log_reverse(self, y: Tensor) -> Tensor:
-        """log r(u | z) of y = (z, u): `(*)`, free where y comes from the last pass."""
+        """log r(u | z) at y = (z, u): `(*)`, at no cost if y comes from the last pass."""
         if (hit := self._lookup(y=y)) is not None:
             return hit[2][1]
         return self._pull(*self._split("y", y))[1][1]
@@ -88,12 +89,12 @@ class AugmentedFlow(FlowTransform):
         return self.forward_and_ladj(x)[1]
 
 
-class AugmentedGuide(AutoFlow):
+class AugmentedGuide(FlowGuide):
     """A guide q(z, u) of the latents z and auxiliary variables u, with a reverse model r(u | z): see `AugmentedFlow`.
 
         ELBO = E_q(z,u) [log p(x, z) + log r(u | z) - log q(z, u)]  <=  log p(x).
 
-    In Pyro an auxiliary site `_{name}_latent` holds (z, u), and a factor `_{name}_r` is -log r.
+    In Pyro an auxiliary site `_{name}_latent` holds (z, u), and the log-density of a factor `_{name}_r` is -log r.
     """
 
     exact_log_prob = False
@@ -111,41 +112,48 @@ class AugmentedGuide(AutoFlow):
         return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """Raises `TypeError`: no one map takes noise to the latents."""
+        """Raises `TypeError`: no transform maps noise to the latents alone."""
         raise TypeError(
-            f"{type(self).__name__}: the latents come with auxiliary variables, and no one transform takes noise to "
-            "them alone, as NeuTra needs; use AutoFlow"
+            f"{type(self).__name__}: expected a guide with a transform from noise to the latents alone, as NeuTra needs, "
+            "got one with auxiliary variables; use AutoFlow"
         )
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
-        """q(z, u), of the unconstrained latents together with the auxiliary variables."""
-        return dist.TransformedDistribution(self.get_base_dist(), self._flow)
-
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Samples latents and auxiliary variables, weighs them by 1 / r(u | z), and returns the latents, `(*, D)`."""
+        """Samples latents and auxiliary variables, adds the factor 1 / r(u | z), and returns the latents, `(*, D)`."""
         latent = super().sample_latent(*args, **kwargs)
         log_r = self._flow.log_reverse(latent)
         with Messenger():  # Pyro warns of observed sites outside of every handler, as when the guide is called to draw
             pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
         return latent[..., : self.latent_dim]
 
-    def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Raises `TypeError`: log q(samples) is not known; `log_prob_bound` bounds it."""
-        raise TypeError(
-            f"{type(self).__name__}: log q(z) = log ∫ q(z, u) du is not known; use log_prob_bound, a lower bound, or "
-            "for importance weights diagnostics.importance, which weighs latents and auxiliary variables together"
-        )
-
     def log_prob_bound(
         self, samples: Mapping[str, Tensor], num_particles: int = 100, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Lower bound: log 1/K Σ_k q(samples, u_k) / r(u_k | samples), u_k ~ r, on log q, in constrained space.
+        """Lower bound: log 1/K Σ_k q(samples, u_k) / r(u_k | samples), u_k ~ r, on log q, in constrained space, in nats.
 
-        Site -> `(*, *shape)` gives `(*)`, in nats, K = `num_particles`. Random: its mean is below log q, and rises to
-        it with K; the exponential is unbiased for q. -inf outside the support. Not for importance weights, which would
-        come out too large. Raises `ValueError` when the sites or shapes do not fit.
+        Random: its mean is below log q, and rises to it with K; its exponential is unbiased for q. Not for importance
+        weights, which would come out too large: `diagnostics.importance` weighs latents and auxiliary variables together.
         Cost: K inverse passes, in one batch.
+
+        Args:
+            samples: site -> `(*, *shape)`, any values.
+            num_particles: K.
+            args, kwargs: the model's arguments, for bounds that depend on them; those of the last call if there are none.
+
+        Returns:
+            `(*)`; -inf outside the support.
+
+        Raises:
+            ValueError: if the sites or shapes do not fit.
         """
         latent, ladj, inside = self._unconstrain(samples, args, kwargs)
         bound = self._flow.log_prob_bound(self.get_base_dist(), latent, num_particles)
         return torch.where(inside, bound - ladj, -torch.inf)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "log_prob":
+            raise AttributeError(
+                f"{type(self).__name__} has no log_prob, since log q(z) = log ∫ q(z, u) du is intractable: use log_prob_bound, a "
+                "lower bound, or for importance weights diagnostics.importance, which weighs latents and auxiliary variables"
+            )
+        return super().__getattr__(name)

@@ -1,18 +1,30 @@
-"""The latents that are local to a plate of data, and what an amortized guide cannot stand for."""
+"""The latents that are local to a plate of data, and the plate that a model makes for its arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from ..distributions.tensors import map_tensors
 from ..programs import Latent, check_inside, check_log_prob, support_of, tensors_of
+
+Program = Callable[..., Any]
+
+# Indices are taken for given, not drawn, if equal in so many runs that drawn ones would be so once in 2³⁰ setups.
+BITS = 30
 
 
 @dataclass(frozen=True)
@@ -25,8 +37,8 @@ class LocalLatent(Latent):
 def read_latents(trace: Trace, plate: str | None) -> tuple[str, list[LocalLatent], Tensor]:
     """The data plate of a model run, its latents, and the mean over the data of their values, unconstrained `(D)`.
 
-    `plate`: the data plate's name; None where the latents have but one in common. Raises `ValueError` for what an
-    amortized guide cannot stand for.
+    `plate`: the data plate's name; None if the latents have a single plate in common. Raises `ValueError` for latents
+    that no amortized guide can represent.
     """
     sites: dict[str, Any] = dict(trace.iter_stochastic_nodes())
     frame = _data_frame(sites, plate)
@@ -37,8 +49,8 @@ def read_latents(trace: Trace, plate: str | None) -> tuple[str, list[LocalLatent
         for key in ("scale", "mask"):
             if not _equal(site[key], first[key]):
                 raise ValueError(
-                    f"latents {first['name']!r} and {name!r} have a {key} of their own each, and one joint density in the "
-                    f"guide: expected all latents within the same poutine.{key}"
+                    f"latents {first['name']!r} and {name!r}: expected all latents within the same poutine.{key}, since they have "
+                    f"one joint density in the guide, got a {key} of their own each"
                 )
         fn, value = site["fn"], site["value"].detach()
         support = _datum_support(name, fn, frame.dim)
@@ -83,7 +95,7 @@ def check_same(known: Sequence[LocalLatent], new: Sequence[LocalLatent]) -> None
 def _data_frame(sites: dict[str, Any], plate: str | None) -> Any:
     """The frame of the plate that all of these sites are in."""
     if not sites:
-        raise ValueError("the model has no latents: expected some in a plate of data")
+        raise ValueError("model: expected latents in a plate of data, got a model without latents")
     stacks = {name: site["cond_indep_stack"] for name, site in sites.items()}
     frames = {f.name: f for stack in stacks.values() for f in stack}
     for f in frames.values():
@@ -91,7 +103,7 @@ def _data_frame(sites: dict[str, Any], plate: str | None) -> Any:
             raise ValueError(f"plate {f.name!r}: expected one with a size, used by `with`")
     if plate is not None and plate not in frames:
         raise ValueError(
-            f"plate: expected one that has latents in it, {sorted(frames)}; got {plate!r}"
+            f"plate: expected a plate that has latents in it, one of {sorted(frames)}; got {plate!r}"
         )
     outside = [
         name
@@ -101,18 +113,18 @@ def _data_frame(sites: dict[str, Any], plate: str | None) -> Any:
     if outside:
         where = f"outside of plate {plate!r}" if plate else "global, in no plate"
         raise ValueError(
-            f"latents {outside} are {where}: give this guide poutine.block(model, hide={outside}), and those to another "
-            f"guide with poutine.block(model, expose={outside}); AutoGuideList joins the two"
+            f"latents {outside} are {where}: give this guide poutine.block(model, hide={outside}), and another guide "
+            f"poutine.block(model, expose={outside}); AutoGuideList joins the two"
         )
     common = set.intersection(*({f.name for f in stack} for stack in stacks.values()))
     names = [plate] if plate else sorted(common)
     if not names:
         of = {name: [f.name for f in stack] for name, stack in stacks.items()}
         raise ValueError(
-            f"latents have no plate in common ({of}): expose those of one plate to each guide, with poutine.block"
+            f"latents have no plate in common ({of}): expose the latents of one plate to each guide, with poutine.block"
         )
     if len(names) > 1:
-        raise ValueError(f"latents lie in the plates {names}: name that of the data by plate=")
+        raise ValueError(f"latents lie in the plates {names}: name the plate of the data by plate=")
     return frames[names[0]]
 
 
@@ -166,3 +178,172 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool((a == b).all())
     return type(a) is type(b) and bool(a == b)
+
+
+# --- the plate ---
+
+
+@dataclass(frozen=True)
+class DataPlate:
+    """A plate of the model for its arguments: `size` of `full_size` data at `dim`.
+
+    `indices`: of the data taken, if the arguments determine them; None if the plate takes all data or draws them. `scale`,
+    `mask`: those of `poutine.scale` and `poutine.mask` around its latents, without the plate's own scale.
+    """
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+    indices: Tensor | None
+    device: str
+    scale: float | Tensor
+    mask: bool | Tensor | None
+
+    def open(self) -> pyro.plate:
+        """The same plate, for a guide; draws its indices if the model's plate does."""
+        drawn = self.indices is None and self.size < self.full_size
+        return pyro.plate(
+            self.name,
+            self.full_size,
+            subsample_size=self.size if drawn else None,
+            subsample=self.indices,
+            dim=self.dim,
+            device=self.device,
+        )
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether the plate takes all data, in their order."""
+        return self.indices is None and self.size == self.full_size
+
+    @contextmanager
+    def handlers(self) -> Iterator[None]:
+        """Scale and mask of the latents."""
+        with ExitStack() as stack:
+            if isinstance(self.scale, Tensor) or self.scale != 1:
+                stack.enter_context(poutine.scale(scale=self.scale))
+            if self.mask is not None:
+                stack.enter_context(poutine.mask(mask=self.mask))  # type: ignore[arg-type]
+            yield
+
+    def rows_of(self, data: Tensor, index: Tensor | None) -> Tensor:
+        """The rows that the plate takes: those at `index` of all data, or `data` if these are the rows taken already."""
+        if len(data) == self.full_size:
+            return data if self.takes_all or index is None else data[index.to(data.device)]
+        if len(data) != self.size:
+            raise ValueError(
+                f"rows to encode have shape {tuple(data.shape)}: expected {self.full_size} rows, all data of plate "
+                f"{self.name!r}, or the {self.size} rows taken"
+            )
+        return data
+
+    def argument_with_rows(self, args: Any, kwargs: Any) -> int | str:
+        """Position or name of the first tensor argument with a row for each datum: of all data, or of those taken."""
+        arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for size in (self.full_size, self.size):
+            for key, value in arguments:
+                if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
+                    return key
+        shapes = {key: tuple(x.shape) for key, x in arguments if isinstance(x, Tensor)}
+        raise ValueError(
+            f"arguments: expected a tensor with the {self.full_size} rows of plate {self.name!r}, got {shapes}; give the rows to "
+            "encode by encoder_inputs"
+        )
+
+    def is_like(self, plate: SubsampleMessenger) -> bool:
+        """Whether an existing plate has the same data."""
+        if (plate.size, plate.subsample_size) != (self.full_size, self.size):
+            return False
+        return self.indices is None or torch.equal(plate.indices.to(self.indices), self.indices)
+
+
+class _Reached(Exception):
+    """Ends a run of the model at a latent."""
+
+    def __init__(self, msg: Any, plate: SubsampleMessenger, in_order: bool):
+        super().__init__()
+        self.msg, self.plate, self.in_order = msg, plate, in_order
+
+
+class _RunTo(Messenger):
+    """Ends a run at a latent, and records the latent and its plate."""
+
+    def __init__(self, latent: str, plate: str):
+        super().__init__()
+        self.latent, self.plate = latent, plate
+        self.in_order = False  # whether the plate takes all data, in their order, by default
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and msg["value"] is None:
+            self.in_order = msg["fn"].subsample_size in (None, msg["fn"].size)
+        if msg["name"] != self.latent:
+            return
+        # The frame of a site has the number of data, the plate their indices; poutine.block(expose=...) hides the plate's site.
+        for handler in _PYRO_STACK:
+            if isinstance(handler, SubsampleMessenger) and handler.name == self.plate:
+                raise _Reached(msg, handler, self.in_order)
+
+
+@torch.no_grad()
+def find_plate(
+    model: Program, latent: Latent, name: str, args: Any, kwargs: Any, *, given: bool
+) -> DataPlate:
+    """The plate `name` of the model for these arguments; runs the model up to its first latent, `latent`.
+
+    `given`: whether the indices of a subsample come with the arguments: see `indices_are_given`.
+    """
+    plate, msg, in_order = _run_to(model, latent.name, name, args, kwargs)
+    if msg["fn"].event_shape != latent.shape[len(latent.shape) - latent.event_dim :]:
+        raise ValueError(
+            f"latent {latent.name!r} has event shape {tuple(msg['fn'].event_shape)} for these arguments, and had another at setup: "
+            "set up a new guide on these arguments"
+        )
+    size, full_size = int(plate.subsample_size), int(plate.size)
+    indices: Tensor | None = torch.as_tensor(plate.indices)
+    device = str(indices.device)  # type: ignore[union-attr]
+    if in_order:  # a compiled step cannot read the values of the indices
+        given = False
+    elif size == full_size:
+        given = not torch.equal(indices, torch.arange(size, device=device))  # type: ignore[arg-type]
+    scale = msg["scale"] * (size / full_size)
+    if not isinstance(scale, Tensor) and math.isclose(scale, 1.0):
+        scale = 1.0
+    return DataPlate(
+        name=name,
+        dim=int(plate.dim),  # type: ignore[arg-type]
+        size=size,
+        full_size=full_size,
+        indices=indices if given else None,
+        device=device,
+        scale=scale,
+        mask=msg["mask"],
+    )
+
+
+@torch.no_grad()
+def indices_are_given(model: Program, latent: Latent, name: str, args: Any, kwargs: Any) -> bool:
+    """Whether the arguments determine which data a subsampling plate takes: such indices are the same in every run."""
+    plate, *_ = _run_to(model, latent.name, name, args, kwargs)
+    if plate.subsample_size == plate.size:
+        return False
+    first = torch.as_tensor(plate.indices)
+    for _ in range(math.ceil(BITS / math.log2(plate.size))):
+        again, *_ = _run_to(model, latent.name, name, args, kwargs)
+        if not torch.equal(first, torch.as_tensor(again.indices)):
+            return False
+    return True
+
+
+def _run_to(
+    model: Program, latent: str, plate: str, args: Any, kwargs: Any
+) -> tuple[SubsampleMessenger, Any, bool]:
+    """The plate, the message of the latent, and whether the plate takes all data in their order by default."""
+    try:
+        with poutine.block(), _RunTo(latent, plate):
+            model(*args, **kwargs)
+    except _Reached as reached:
+        return reached.plate, reached.msg, reached.in_order
+    raise ValueError(
+        f"model: expected latent {latent!r} in plate {plate!r} as at setup, got neither for these arguments; set up a new guide"
+    )

@@ -18,15 +18,15 @@ from ..transforms import FlowTransform
 
 
 def called_by_neutra(depth: int = 2) -> bool:
-    """Whether the caller of a method is a `NeuTraReparam`: it takes one number for log|det|, and adds it to each entry of a plate.
+    """Whether a `NeuTraReparam` calls the method, which adds log|det| to each entry of a plate.
 
-    The arguments of the call do not tell, and other callers expect the log|det| of the flow.
+    Other callers expect the log|det| of the flow, and the arguments of the call are the same.
     """
     return isinstance(sys._getframe(depth).f_locals.get("self"), NeuTraReparam)
 
 
 def for_neutra(flow: FlowTransform, latents: Sequence[Latent], sites: dict[str, Any]) -> Transform:
-    """The flow as `NeuTraReparam` counts it right; raises `ValueError` for latents that it does not count right."""
+    """The flow whose log|det| `NeuTraReparam` counts once; raises `ValueError` for latents where it cannot."""
     for latent in latents:
         scale = torch.as_tensor(sites[latent.name]["scale"])
         reason = None

@@ -13,10 +13,9 @@ from pyro.poutine.util import site_is_subsample
 
 
 class PlateReader(Messenger):
-    """Reads which rows the plates of latents take in a run of a model.
+    """Records which rows the plates of latents take in a run of a model.
 
-    `chosen`: the plates that are given their rows by `subsample=`; `moved`: latent -> the plate that gives it other rows than
-    all of them in their order.
+    `chosen`: plates with rows by `subsample=`; `moved`: latent -> its plate, where the rows are not all in their order.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class PlateReader(Messenger):
             return
         if msg["is_observed"]:
             return
-        # poutine.block may hide the site of a plate; the plate itself is on the stack.
+        # poutine.block may hide the site of a plate, but not the plate on the stack.
         for plate in _PYRO_STACK:
             if not isinstance(plate, SubsampleMessenger) or plate.size < 0:
                 continue
@@ -45,9 +44,7 @@ class PlateReader(Messenger):
 
 def check_plates(trace: Trace, plates: PlateReader) -> None:
     """Raises `ValueError` for a latent of a plate that takes a part of its data, or takes them in another order."""
-    way_out = (
-        "Use AutoAmortizedFlow, which reads the latents of a datum off the datum, or the full data"
-    )
+    way_out = "Use AutoAmortizedFlow, which infers the latents of a datum from the datum, or the full data"
     for name, site in trace.iter_stochastic_nodes():
         for frame in site["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:

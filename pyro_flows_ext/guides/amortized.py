@@ -1,4 +1,4 @@
-"""`AutoAmortizedFlow`: a flow over the local latents of each datum, whose parameters a network reads off the datum."""
+"""`AutoAmortizedFlow`: a flow over the local latents of each datum, whose parameters a network computes from the datum."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from ..ops import quantiles as elementwise_quantiles
 from ..programs import JacobianDelta, constrain, tensors_of, unconstrain
 from ..transforms import ElementwiseAffine
-from ._conditional import ConditionalFactory, conditional_flow, placed
-from ._data_plate import DataPlate, find_plate, indices_are_given
-from ._local import LocalLatent, check_same, read_latents
-from ._module import PortableGuide
-from ._prototype import argument_shapes, slim
+from ._local import (
+    DataPlate,
+    LocalLatent,
+    check_same,
+    find_plate,
+    indices_are_given,
+    read_latents,
+)
+from ._local_flow import ConditionalFactory, local_flow
+from ._setup import PortableGuide, argument_shapes, check_init_scale, init_to_median, slim
 from .base import QUANTILE_DRAWS
-from .initialization import init_to_median
 
 # Numbers drawn at a time for quantiles.
 CHUNK = 10_000_000
@@ -35,42 +39,37 @@ CHUNK = 10_000_000
 class AutoAmortizedFlow(PortableGuide):
     """A guide for the latents of each datum: z_n = constrain(m(h_n) + s(h_n) ⊙ flow(ε; h_n)), h_n = encoder(x_n), ε ~ N(0, I).
 
-    All latents of a datum, of whatever supports and shapes, have one joint density, exact but for "cif". `encoder`: any module
-    `(N, *) -> (N, H)` that treats rows alone (batch normalisation in training mode does not); dtype and device follow its
-    output. `flow`: "planar", "sylvester" (with Householder's Q), "iaf", "realnvp" or "cif", with `num_layers` layers and
-    parameters that are linear in h (the first two) or come from networks that see h (`hidden_dims` for other networks); a
-    callable from (D, H) to a transform with `context_dim` H; or None for a Gaussian. log s and m are linear in h. The guide starts at
-    the mean over the data of `init_loc_fn`'s points, with scale `init_scale` and hardly a flow, the same for every datum.
+    All latents of a datum have one joint density, exact except for "cif": a continuously indexed flow as in `AutoCIF`, of
+    "nsf-ar" steps and one index a layer, for posteriors with modes, edges and holes. Its site `_{name}_latent` holds latents
+    and indices u_n, and the log-density of its factor `_{name}_r` is -log r(u_n | z_n, h_n): every ELBO is a bound,
 
-    "cif" is a continuously indexed flow as in `AutoCIF`, of "nsf-ar" steps and one index a layer: for posteriors of a datum with
-    modes, edges and holes. log q(z_n | x_n) is known as a bound only: the auxiliary site `_{name}_latent` holds latents
-    and indices u_n, a factor `_{name}_r` of the plate is -log r(u_n | z_n, h_n), and for every datum
+        ELBO_n = E_q(z,u | h) [log p(x_n, z) + log r(u | z, h_n) - log q(z, u | h_n)]  <=  log p(x_n).
 
-        ELBO_n = E_q(z,u | h) [log p(x_n, z) + log r(u | z, h_n) - log q(z, u | h_n)]  <=  log p(x_n),
+    A datum has the same posterior in full data, a `subsample_size`, a `subsample` by argument, and mini-batches as arguments.
+    The model runs up to its first latent at each call, to read its plate. `poutine.scale` and `poutine.mask` around the
+    latents apply in the guide too. Global latents: hide them by `poutine.block`, and join a guide for them by
+    `AutoGuideList`. A list keeps its first plates: for mini-batches of several sizes, or a `subsample` by argument,
+    construct it by `AutoGuideList(model, create_plates=guide.data_plate)`.
 
-    so that every ELBO is a bound, and importance weights go by datum.
+    Args:
+        model: a Pyro model whose latents all lie in one plate.
+        encoder: a module `(N, *) -> (N, H)` that treats rows alone. Device and dtype of the guide follow its output.
+        flow: "planar", "sylvester" (parameters linear in h), "iaf", "realnvp" or "cif" (networks with h as an input); a
+            callable from (D, H) to a transform with `context_dim` H; None for a Gaussian.
+        num_layers, hidden_dims: depth and widths of the networks of a flow by name.
+        encoder_inputs: from the model's arguments to the rows x_n, of all data or of those taken. By default the first tensor
+            argument with as many rows; later calls have to pass it in the same way.
+        plate: name of the plate of data; needed if the latents have several in common.
+        init_loc_fn, init_scale: initial location (the mean over the data) and scale, the same for every datum.
 
-    The plate: the one that all latents lie in (`plate` names it where there are several). Whether the model takes all
-    data, a `subsample_size`, a `subsample` by argument, or arguments that are a mini-batch, a datum has the same posterior.
-    For that the model runs up to its first latent at each call, to see how many data it takes, and which. Plates on the
-    right of it are within the datum. `poutine.scale` and `poutine.mask` around the latents in the model hold in the guide
-    too.
+    Raises:
+        TypeError: for arguments of another kind.
+        ValueError: at setup or a call, for latents that are discrete, global or in different plates; a support that differs
+            between data or changes from run to run; rows of neither size; another guide's parameters in the parameter store.
 
-    `encoder_inputs`: from the model's arguments to a tensor of rows x_n, by default the first tensor among them with as many
-    rows as the plate (of all data, or else of those taken), which later calls have to pass in the same way. Rows of all
-    data are indexed as the plate says; as many as are taken are encoded as they are.
-
-    A model with global latents hides them from this guide by `poutine.block`, and `AutoGuideList` joins it with a guide for
-    those. A list keeps the size of plates from its first call: for mini-batches by argument whose size changes, or a
-    `subsample` by argument, make it by `AutoGuideList(model, create_plates=guide.data_plate)`.
-
-    Parameters exist after `setup(*args)` or the first call. Raises `ValueError` for latents that are discrete, global, or
-    in different plates; for a support that differs between data or changes from run to run; for rows that fit neither
-    size; and for parameters of another guide in the parameter store.
-
-    Source: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows; van den Berg et al. 2018, Sylvester
-    Normalizing Flows for Variational Inference; for "cif", Caterini, Cornish, Sejdinovic & Doucet 2021, Variational
-    Inference with Continuously-Indexed Normalizing Flows.
+    References:
+        Rezende & Mohamed 2015, Variational Inference with Normalizing Flows; van den Berg et al. 2018, Sylvester Normalizing
+        Flows for Variational Inference; "cif": Caterini et al. 2021, Variational Inference with Continuously-Indexed Flows.
     """
 
     _until_set_up = ("_flow_factory", "_init_loc_fn")
@@ -94,22 +93,16 @@ class AutoAmortizedFlow(PortableGuide):
             raise TypeError(
                 f"encoder_inputs: expected a function of the model's arguments, got {encoder_inputs!r}"
             )
-        if not 0 < init_scale < float("inf"):
-            raise ValueError(f"init_scale: expected a positive number, got {init_scale!r}")
         super().__init__(model)
-        self._flow_factory = conditional_flow(flow, num_layers, hidden_dims)
-        self.exact_log_prob = flow != "cif"
+        self._local_flow, self._flow_factory = local_flow(flow, num_layers, hidden_dims)
+        self.exact_log_prob = self._local_flow.exact_log_prob
         self._encoder_inputs, self._plate_name = encoder_inputs, plate
-        self._init_loc_fn, self._init_scale = init_loc_fn, init_scale
+        self._init_loc_fn, self._init_scale = init_loc_fn, check_init_scale(init_scale)
         self._given: dict[Any, bool] = {}
         self._key: int | str = 0
         self.encoder = encoder
 
     # --- setting up ---
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Runs the model on these arguments to learn its local latents, and creates the parameters."""
-        self._setup_prototype(*args, **kwargs)
 
     @torch.no_grad()  # a graph in the prototype could not be copied
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -120,7 +113,7 @@ class AutoAmortizedFlow(PortableGuide):
         name, self._latents, loc = read_latents(trace, self._plate_name)
         check_same(self._latents, read_latents(self._run_model(args, kwargs), name)[1])
         self._given = {argument_shapes(args, kwargs): self._is_given(name, args, kwargs)}
-        self._plate = self._ask_model(name, args, kwargs)
+        self._plate = self._read_plate(name, args, kwargs)
         if self._encoder_inputs is None:
             self._key = self._plate.argument_with_rows(args, kwargs)
         some = torch.arange(self._plate.size)
@@ -132,7 +125,7 @@ class AutoAmortizedFlow(PortableGuide):
         affine = ElementwiseAffine(len(loc), context_dim=features.shape[-1], hidden_dims=())
         affine.loc.copy_(loc)
         affine.log_scale.fill_(math.log(self._init_scale))
-        self.transform = placed(flow, affine).to(loc)
+        self.transform = self._local_flow.place(flow, affine).to(loc)
         self._posterior(rows).sample()  # a flow of another dimension raises here
         self.prototype_trace = slim(list(trace.iter_stochastic_nodes()))
         self._check_param_store()
@@ -156,28 +149,26 @@ class AutoAmortizedFlow(PortableGuide):
         if self.model is None or torch.jit.is_tracing():
             return self._plate_without_model(args, kwargs)
         shapes = argument_shapes(args, kwargs)
-        # Bounds that are tensors may change with the values of arguments of the same shapes.
+        # Bounds that are tensors may depend on the values of arguments of the same shapes.
         if shapes not in self._given or any(tensors_of(x.support) for x in self._latents):
             with torch.no_grad():
                 trace = self._run_model(args, kwargs)
-                names = {latent.name for latent in self._latents}
-                for name in {*trace.nodes} - names:
-                    trace.remove_node(
-                        name
-                    )  # data that these arguments leave out, as Predictive's do
+                # Sites observed at setup are latent without data, as under Predictive.
+                for name in {*trace.nodes} - {latent.name for latent in self._latents}:
+                    trace.remove_node(name)
                 latents = read_latents(trace, known.name)[1]
             check_same(self._latents, latents)
             if shapes not in self._given:
                 self._given[shapes] = self._is_given(known.name, args, kwargs)
-        return self._ask_model(known.name, args, kwargs)
+        return self._read_plate(known.name, args, kwargs)
 
     def _plate_without_model(self, args: Any, kwargs: Any) -> DataPlate:
         """The plate as it was, for a guide from a file, or one that is compiled."""
         known = self._plate
         if any(self._given.values()):
             raise ValueError(
-                f"the arguments say which data plate {known.name!r} takes, and how, only the model knows, which is not in a "
-                "file, and not run while compiling: use sample_posterior and log_prob, or a guide with its model"
+                f"plate {known.name!r}: expected the model, which computes from the arguments which data the plate takes; a "
+                "pickled or compiled guide is without one. Use sample_posterior and log_prob, or a guide with its model"
             )
         if known.size < known.full_size:
             return known
@@ -187,7 +178,7 @@ class AutoAmortizedFlow(PortableGuide):
     def _is_given(self, name: str, args: Any, kwargs: Any) -> bool:
         return indices_are_given(self.model, self._latents[0], name, args, kwargs)
 
-    def _ask_model(self, name: str, args: Any, kwargs: Any) -> DataPlate:
+    def _read_plate(self, name: str, args: Any, kwargs: Any) -> DataPlate:
         given = self._given[argument_shapes(args, kwargs)]
         return find_plate(self.model, self._latents[0], name, args, kwargs, given=given)
 
@@ -218,11 +209,11 @@ class AutoAmortizedFlow(PortableGuide):
     def _posterior(self, rows: Tensor, dim: int = -1) -> dist.TransformedDistribution:
         """The joint density of the unconstrained latents by row, with the rows at dimension `dim` of its batch shape.
 
-        Of a "cif" that of the latents followed by their indices.
+        For "cif", the density of the latents followed by their indices.
         """
         features = self._features(rows)
         context = features.reshape(len(rows), *(1,) * (-dim - 1), -1)
-        size: Any = self.latent_dim if self.exact_log_prob else self.transform.input_dim
+        size = self._local_flow.noise_dim(self.transform, self.latent_dim)
         zeros = context.new_zeros(*context.shape[:-1], size)
         base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
         return dist.TransformedDistribution(base, self.transform.condition(context))
@@ -246,9 +237,7 @@ class AutoAmortizedFlow(PortableGuide):
         with plate.handlers(), plates[plate.name]:
             name = f"_{self._pyro_name}_latent"
             vector = pyro.sample(name, posterior, infer={"is_auxiliary": True})
-            if not self.exact_log_prob:
-                log_r = posterior.transforms[0].log_reverse(vector)
-                pyro.factor(f"_{self._pyro_name}_r", -log_r, has_rsample=True)
+            self._local_flow.weigh(f"_{self._pyro_name}_r", posterior, vector)
             # The dimensions on the right of the plate, all 1, go: a latent's own plates are in its shape.
             vector = vector.reshape(*vector.shape[: plate.dim], -1)
             for latent, image in self._latents_of(vector):
@@ -266,18 +255,18 @@ class AutoAmortizedFlow(PortableGuide):
         plates = self.master().plates
         if not plate.is_like(plates[plate.name]):
             raise ValueError(
-                f"plate {plate.name!r} has other data in the model than in the AutoGuideList, which keeps its plates as they "
-                "first were: make it by AutoGuideList(model, create_plates=guide.data_plate), with this guide"
+                f"plate {plate.name!r} has other data in the model than in the AutoGuideList, which keeps the plates of its first "
+                "call: construct it by AutoGuideList(model, create_plates=guide.data_plate), with this guide"
             )
         return plates  # type: ignore[no-any-return]
 
-    # --- what a user asks ---
+    # --- draws and densities ---
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Constrained draws for every row of the arguments, any number of them: site -> `(num_samples, N, *shape)`.
 
-        Neither model nor plate has a part in it: the rows may be new data, of which there are more or fewer than before.
+        The model does not run, and its plate does not count: the rows may be new data, more or fewer than before.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -285,19 +274,22 @@ class AutoAmortizedFlow(PortableGuide):
         return {latent.name: image.v for latent, image in self._latents_of(vector)}
 
     def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """log q(z_n | x_n), exact, in constrained space, for every row x_n: site -> `(*, N, *shape)` gives `(*, N)`.
+        """log q(z_n | x_n), exact, in constrained space, for every row x_n, in nats.
 
-        For values from anywhere; -inf outside the support. Raises `ValueError` when sites, shapes or rows do not fit, and
-        `TypeError` for a "cif", of which log q is not known.
+        Args:
+            samples: site -> `(*, N, *shape)`, any values.
+            args, kwargs: the model's arguments, with N rows to encode.
+
+        Returns:
+            `(*, N)`; -inf outside the support.
+
+        Raises:
+            ValueError: if sites, shapes or rows do not fit.
+            TypeError: for flow="cif", whose log q is intractable.
         """
-        if not self.exact_log_prob:
-            raise TypeError(
-                f'{type(self).__name__}(flow="cif"): log q(z_n | x_n) = log ∫ q(z_n, u | x_n) du is not known; use '
-                "log_prob_bound, a lower bound, or for importance weights ImportanceWeightedELBO or diagnostics.importance, "
-                "which weigh latents and indices together"
-            )
         posterior, vector, ladj, inside = self._at(samples, args, kwargs)
-        return torch.where(inside, posterior.log_prob(vector) - ladj, -torch.inf)
+        log_q = self._local_flow.log_prob(posterior, vector)
+        return torch.where(inside, log_q - ladj, -torch.inf)
 
     def log_prob_bound(
         self, samples: Mapping[str, Tensor], *args: Any, num_particles: int = 100, **kwargs: Any
@@ -305,13 +297,10 @@ class AutoAmortizedFlow(PortableGuide):
         """Lower bound: log 1/K Σ_k q(z_n, u_k | x_n) / r(u_k | z_n, x_n), u_k ~ r, on log q(z_n | x_n), for flow="cif".
 
         Shapes and errors as in `log_prob`; K = `num_particles`. Random: its mean rises to log q with K, its exponential is
-        unbiased for q. Not for importance weights, which would come out too large. log q itself for any other flow.
+        unbiased for q. Not for importance weights, which would come out too large. For any other flow, log q itself.
         """
-        if self.exact_log_prob:
-            return self.log_prob(samples, *args, **kwargs)
         posterior, vector, ladj, inside = self._at(samples, args, kwargs)
-        flow: Any = posterior.transforms[0]
-        bound = flow.log_prob_bound(posterior.base_dist, vector, num_particles)
+        bound = self._local_flow.log_prob_bound(posterior, vector, num_particles)
         return torch.where(inside, bound - ladj, -torch.inf)
 
     def _at(
@@ -346,7 +335,3 @@ class AutoAmortizedFlow(PortableGuide):
                 }
             )
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-
-    def _require_setup(self) -> None:
-        if self.prototype_trace is None:
-            raise ValueError("the guide has no parameters yet: call guide.setup(*args) first")

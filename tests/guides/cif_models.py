@@ -8,7 +8,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_flows_ext.guides import AutoCIF
-from pyro_flows_ext.guides._indexed import IndexedLayer
+from pyro_flows_ext.guides.cif import IndexedLayer
 from pyro_flows_ext.testing import perturb
 from pyro_flows_ext.transforms import ElementwiseAffine, sylvester
 

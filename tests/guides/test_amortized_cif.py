@@ -28,7 +28,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from pyro_flows_ext.guides import AutoAmortizedFlow
-from pyro_flows_ext.guides._indexed import IndexedFlow, IndexedLayer
+from pyro_flows_ext.guides.cif import IndexedFlow, IndexedLayer
 from pyro_flows_ext.infer import fit
 from pyro_flows_ext.testing import POINTS
 from pyro_flows_ext.transforms import ElementwiseAffine, Radial

@@ -98,7 +98,7 @@ MODELS = {
     "unknown-plate": (
         two_plates,
         {"plate": "rows"},
-        r"expected one that has latents in it, \['data', 'others'\]",
+        r"expected a plate that has latents in it, one of \['data', 'others'\]",
     ),
     "which-plate": (crossed, {}, r"latents lie in the plates \['data', 'groups'\]: name"),
     "left": (crossed, {"plate": "data"}, "'groups' at dim -2, left of the data plate"),
@@ -108,7 +108,7 @@ MODELS = {
         "'items', which subsamples 2 of 3 within a datum",
     ),
     "loop": (loop, {}, "plate 'data': expected one with a size, used by `with`"),
-    "none": (none, {}, "the model has no latents"),
+    "none": (none, {}, "model: expected latents in a plate"),
     "undeclared": (undeclared, {}, "more dimensions than its plates"),
     "discrete": (local(lambda: dist.Bernoulli(0.5)), {}, "'z' is discrete"),
     "support-by-datum": (bounds_by_datum, {}, "'z' has a support that differs between data"),
@@ -117,7 +117,7 @@ MODELS = {
         {},
         "'z' has a support that changes from run to run",
     ),
-    "scales": (scales, {}, "latents 'z' and 'w' have a scale of their own"),
+    "scales": (scales, {}, "same poutine.scale, since .* got a scale of their own each"),
     "mask-within": (mask_within, {"plate": "data"}, "mask of shape .* differs within a datum"),
     "boundary": (
         local(lambda: dist.Exponential(1.0)),
@@ -139,7 +139,11 @@ ARGUMENTS = {
     "encoder": (lambda: AutoAmortizedFlow(linear, torch.tanh), TypeError, "encoder: expected"),
     "name": (lambda: make(flow="spiral"), ValueError, "expected one of planar"),
     "type": (lambda: make(flow=3), TypeError, "flow: expected a name, None or a callable"),
-    "options": (lambda: make(flow=None, num_layers=2), ValueError, "go with a flow by name"),
+    "options": (
+        lambda: make(flow=None, num_layers=2),
+        ValueError,
+        "expected None where flow is not a name",
+    ),
     "scale": (lambda: make(init_scale=0.0), ValueError, "init_scale"),
     "inputs": (lambda: make(encoder_inputs="x"), TypeError, "encoder_inputs: expected a function"),
     "not-set-up": (lambda: make().log_prob({}, X), ValueError, "call guide.setup"),
@@ -159,7 +163,7 @@ ARGUMENTS = {
     "no-rows": (
         lambda: AutoAmortizedFlow(local(), encoder()).setup([0.0] * 6),
         ValueError,
-        "no tensor argument has the 6 rows of plate 'data'",
+        "expected a tensor with the 6 rows of plate 'data'",
     ),
 }
 

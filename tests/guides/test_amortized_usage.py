@@ -217,7 +217,7 @@ def test_a_guide_from_a_file_of_a_subsample():
     trace = poutine.trace(drawn).get_trace(x, size=3)
     assert trace.nodes["z"]["value"].shape == (3, 2)
     assert trace.nodes["z"]["scale"] == pytest.approx(8 / 3)
-    with pytest.raises(ValueError, match="only the model knows"):
+    with pytest.raises(ValueError, match="expected the model, which computes"):
         given(x, index=torch.tensor([4, 2]))
     assert given.sample_posterior(2, x)["z"].shape == (2, 8, 2)
 

@@ -21,7 +21,7 @@ from torch.autograd.functional import jacobian
 
 from pyro_flows_ext.diagnostics import importance
 from pyro_flows_ext.guides import AutoFlow
-from pyro_flows_ext.guides._indexed import IndexedFlow, IndexedLayer
+from pyro_flows_ext.guides.cif import IndexedFlow, IndexedLayer
 from pyro_flows_ext.infer import ImportanceWeightedELBO
 from pyro_flows_ext.programs import draw_particles
 from pyro_flows_ext.testing import POINTS

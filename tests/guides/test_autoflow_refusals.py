@@ -17,10 +17,20 @@ from pyro_flows_ext.guides import (
     AutoPlanar,
     AutoSylvester,
 )
+from pyro_flows_ext.guides.base import FlowGuide
 from pyro_flows_ext.infer import fit
 from pyro_flows_ext.transforms import planar
 
 # --- what must be refused ---
+
+
+def test_a_guide_without_its_parts_is_abstract():
+    class Half(FlowGuide):
+        def get_base_dist(self):
+            return dist.Normal(torch.zeros(1), 1.0).to_event(1)
+
+    with pytest.raises(TypeError, match=r"abstract class Half .*_make_transform.*whitening"):
+        Half(model, planar)
 
 
 def test_a_discrete_latent_is_refused_by_name():

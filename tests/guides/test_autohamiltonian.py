@@ -125,7 +125,7 @@ def test_a_copy_has_model_and_data():
 def test_a_guide_from_a_file_is_given_model_and_data():
     guide = perturbed(tempering="quadratic")
     loaded = pickle.loads(pickle.dumps(guide))
-    with pytest.raises(ValueError, match=r"give them back by guide\.attach"):
+    with pytest.raises(ValueError, match=r"call guide\.attach"):
         loaded.sample_posterior(3)
     loaded.attach(model, Y)
     pyro.set_rng_seed(0)
@@ -184,7 +184,7 @@ def noisy(y=Y):
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (subsampled, r"under the subsampled plates \['data'\]"),
+        (subsampled, r"got the subsampled plates \['data'\]"),
         (noisy, "two runs at the same latents gave"),
         (poutine.block(model, hide=["mu"]), "two runs at the same latents gave"),
     ],
@@ -210,10 +210,10 @@ def test_a_model_that_draws_more_than_the_latents_is_refused_data():
         guide.attach(regression, x)
 
 
-def test_the_exact_density_is_refused_by_name():
+def test_there_is_no_exact_density():
     guide = perturbed()
     assert not guide.exact_log_prob
-    with pytest.raises(TypeError, match="use log_prob_bound"):
+    with pytest.raises(AttributeError, match="use log_prob_bound"):
         guide.log_prob(guide.sample_posterior(2))
     with pytest.raises(TypeError, match="NeuTra"):
         guide.get_transform()

@@ -27,7 +27,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_flows_ext.diagnostics import importance
 from pyro_flows_ext.guides import AutoHamiltonian
-from pyro_flows_ext.guides._hamiltonian import HamiltonianFlow
+from pyro_flows_ext.guides.hamiltonian import HamiltonianFlow
 from pyro_flows_ext.infer import ImportanceWeightedELBO, fit
 from pyro_flows_ext.programs import draw_particles
 from pyro_flows_ext.testing import POINTS

@@ -17,7 +17,7 @@ from torch import nn
 
 import pyro_flows_ext.transforms as T
 from pyro_flows_ext.guides import AutoFlow
-from pyro_flows_ext.guides.base import FLOWS
+from pyro_flows_ext.guides.flows import FLOWS
 from pyro_flows_ext.ops import rq_spline
 from pyro_flows_ext.testing.case import Case
 

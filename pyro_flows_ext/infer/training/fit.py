@@ -17,6 +17,7 @@ from pyro.optim import PyroOptim
 
 from ...files import remove_unfinished
 from ...guides import AutoAmortizedFlow, AutoFlow
+from ...guides.base import FlowGuide
 from ...programs import (
     ERRORS,
     LogJoint,
@@ -118,7 +119,7 @@ def fit(
         single = traces_of(model, guide, args, kwargs)
         check_latents(*single)
         check_shapes(*single)
-        flow = guide if isinstance(guide, AutoFlow) and guide.exact_log_prob else None
+        flow = guide if isinstance(guide, AutoFlow) else None
         log_joint = None
         if flow is not None and loss is None:
             log_joint = LogJoint(model, args, kwargs, latents=flow.latents)
@@ -126,7 +127,7 @@ def fit(
         if checkpoint is not None:
             remove_unfinished(Path(checkpoint).parent)
         is_resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
-        if not is_resumed and isinstance(guide, AutoFlow):
+        if not is_resumed and isinstance(guide, FlowGuide):
             wanted = is_new or guide.is_untrained if warm_start == "auto" else bool(warm_start)
             if wanted:
                 run.announce("warm start")
@@ -182,7 +183,7 @@ def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def _warm_start(
     model: Program,
-    guide: AutoFlow,
+    guide: FlowGuide,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     log_joint: LogJoint | None,

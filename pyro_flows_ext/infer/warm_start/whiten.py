@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...guides import AutoFlow
+from ...guides.base import FlowGuide
 from ...programs import LogJoint, Program
 from .gaussian import DenseGaussian
 from .search import WarmStart, find_gaussian
@@ -13,7 +13,7 @@ from .search import WarmStart, find_gaussian
 
 def warm_start(
     model: Program,
-    guide: AutoFlow,
+    guide: FlowGuide,
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> WarmStart:
@@ -39,9 +39,9 @@ def warm_start(
         >>> found.name in found.elbos
         True
     """
-    if not isinstance(guide, AutoFlow):
+    if not isinstance(guide, FlowGuide):
         raise TypeError(
-            f"guide: expected an AutoFlow, which can be whitened, got a {type(guide).__name__}"
+            f"guide: expected a flow guide over all latents, such as AutoIAF, got a {type(guide).__name__}"
         )
     kwargs = dict(model_kwargs or {})
     if guide.prototype_trace is None:

@@ -247,5 +247,5 @@ def test_no_density_anywhere_is_an_error():
 
 
 def test_a_guide_that_cannot_be_whitened_is_refused():
-    with pytest.raises(TypeError, match="expected an AutoFlow"):
+    with pytest.raises(TypeError, match="expected a flow guide over all latents"):
         warm_start(gaussian, AutoNormal(gaussian))
