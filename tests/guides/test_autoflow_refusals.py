@@ -108,7 +108,7 @@ def test_a_second_guide_is_refused_until_the_store_is_cleared():
     ("make", "error", "message"),
     [
         (lambda: AutoPlanar(model, init_scale=0.0), ValueError, "init_scale"),
-        (lambda: AutoFlow(model, "spiral"), ValueError, "expected one of planar"),
+        (lambda: AutoFlow(model, "spiral"), ValueError, "flow: expected one of nsf"),
         (lambda: AutoFlow(model, 3), TypeError, "flow: expected a name or a callable"),
         (lambda: AutoFlow(model, lambda d: d).setup(Y), TypeError, "return a FlowTransform"),
         (lambda: AutoSylvester(model, rank=9).setup(Y), ValueError, "rank: expected at most"),
