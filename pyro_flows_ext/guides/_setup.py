@@ -78,9 +78,11 @@ class PortableGuide(AutoGuide, metaclass=_GuideMeta):  # type: ignore[metaclass]
                 for key in (param_with_module_name(prefix, name), f"{prefix}.{name}"):
                     if held.get(key, parameter) is not parameter:
                         raise ValueError(
-                            f"the parameter store already holds {self._pyro_name!r} parameters of another guide, and "
-                            "would train those in place of this one's: call pyro.clear_param_store() first, or keep "
-                            "them apart with `with pyro.get_param_store().scope():`"
+                            f"the parameter store already holds parameters under the name {self._pyro_name!r}, of "
+                            "another guide or from a file, which would be trained in place of this guide's. To restore "
+                            "a guide, call its setup(*args) in an empty store and load_state_dict. To train a new one, "
+                            "enter `with pyro.get_param_store().scope():`, which keeps what the store holds, or call "
+                            "pyro.clear_param_store(), which deletes it"
                         )
 
     def __getstate__(self) -> dict[str, Any]:

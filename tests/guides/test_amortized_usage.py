@@ -240,7 +240,9 @@ def test_a_second_guide_is_refused_until_the_store_is_cleared(make):
     x = simulate(5)
     first, second = (AutoAmortizedFlow(linear, make(), num_layers=1) for _ in range(2))
     first(x)
-    with pytest.raises(ValueError, match="already holds 'AutoAmortizedFlow' parameters"):
+    with pytest.raises(
+        ValueError, match="already holds parameters under the name 'AutoAmortizedFlow'"
+    ):
         second.setup(x)
     with pyro.get_param_store().scope():
         second(x)

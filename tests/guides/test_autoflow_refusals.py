@@ -95,7 +95,7 @@ def test_arguments_that_resize_a_latent_are_refused_and_others_are_not():
 def test_a_second_guide_is_refused_until_the_store_is_cleared():
     first = trained(AutoSylvester)
     second = AutoSylvester(model)
-    with pytest.raises(ValueError, match="already holds 'AutoSylvester' parameters"):
+    with pytest.raises(ValueError, match="already holds parameters under the name 'AutoSylvester'"):
         second.setup(Y)
     with pyro.get_param_store().scope():
         fit(model, second, Y, num_steps=2, progress=False, warm_start=False)
