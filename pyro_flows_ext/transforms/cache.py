@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+# Attributes of a transform that are neither pickled nor copied.
+UNSAVED = ("_pass_cache", "_inverse_view")
+
 # Optimizer steps seen by this process. Tensor versions do not move under fused optimizers, nor under those that write
 # `.data` (`pyro.optim.ClippedAdam` among them), so a version alone would let a stale log-det through.
 _optimizer_steps = 0

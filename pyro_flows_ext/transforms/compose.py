@@ -11,7 +11,8 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .base import FlowTransform, InverseFlow, common_context_dim
+from .base import FlowTransform, InverseFlow
+from .context import common_context_dim
 
 
 class ComposeFlow(FlowTransform):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops import check_event, read_event_shape
-from .base import IMAGE, FlowTransform, common_context_dim
+from .base import IMAGE, FlowTransform
+from .context import common_context_dim
 from .image import Squeeze
 
 KINDS = ("channel", "checkerboard", "none")
