@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all fuzz lint format notebooks clean
+.PHONY: demo test test-slow test-all fuzz lint format notebooks docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/pyro-flows demo
@@ -35,8 +35,16 @@ format: $(INSTALLED)
 notebooks: $(INSTALLED)
 	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter-execute "$$notebook" || exit 1; done
 
+# The site, in docs/_build/html; a warning fails.
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
+	rm -rf docs/_build docs/notebooks docs/reference $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

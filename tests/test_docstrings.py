@@ -1,4 +1,4 @@
-"""The examples in docstrings run, in every module of the package, and so do the Python blocks of docs/transforms.md.
+"""The examples in docstrings run, in every module of the package.
 
 Examples use `torch`, `pyro`, `pyro.distributions` as `dist`, the package as `pf`, and the public names of the package without an import.
 """
@@ -7,7 +7,6 @@ import doctest
 import importlib
 import importlib.util
 import pkgutil
-import re
 from pathlib import Path
 
 import pyro
@@ -62,19 +61,3 @@ def test_example(test):
     report = []
     runner.run(test, out=report.append, clear_globs=False)
     assert runner.failures == 0, "".join(report)
-
-
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", Path(__file__, "../../docs/transforms.md").resolve().read_text(), re.S
-)
-
-
-def test_docs_of_transforms_run():
-    assert len(BLOCKS) >= 4
-    names = {}
-    for block in BLOCKS:
-        exec(compile(block, "docs/transforms.md", "exec"), names)
-    from pyro_flows_ext.testing import check_transform
-
-    check_transform(lambda: names["Shift"](3, context_dim=2), points=[1, 2, 3, 5])
-    check_transform(lambda: names["Coupling"](3, transformer=names["Wave"]()), points=[1, 2, 3, 7])
