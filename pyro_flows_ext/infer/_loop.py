@@ -10,11 +10,10 @@ from contextlib import contextmanager
 import pyro
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 OptimFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-
-# A step whose loss or gradient is not finite is skipped; so many in a row mean that no step will ever be finite.
-MAX_BAD_STEPS = 100
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 def check_settings(lr: float, schedule: str, **counts: float) -> None:

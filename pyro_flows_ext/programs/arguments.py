@@ -18,12 +18,16 @@ from .traces import Program
 ATTEMPTS = 5
 
 
-def describe_nonfinite(name: str, value: Any) -> str | None:
+def describe_nonfinite(
+    name: str, value: Any, *, start: int = 0, columns: Sequence[str] | None = None
+) -> str | None:
     """How many numbers of an argument are NaN or infinite, and the first of them; None where all are finite.
 
     Args:
         name: of the argument, for the message.
         value: a tensor, an array or a number; anything else has no numbers.
+        start: the number of its first row, where it is a part of the argument.
+        columns: names of the columns of a matrix.
 
     Example:
         >>> import torch
@@ -53,7 +57,10 @@ def describe_nonfinite(name: str, value: Any) -> str | None:
     if finite.dim() == 0:
         return f"{name}: expected a finite number, got {float(value)}"
     first = (~finite).nonzero()[0].tolist()
+    first[0] += start
     where = f"{name}[{', '.join(map(str, first))}]"
+    if columns is not None and len(first) == 2:
+        where = f"column {columns[first[1]]!r}"
     return f"{text}, the first in row {first[0]} ({where}, rows counted from 0)"
 
 

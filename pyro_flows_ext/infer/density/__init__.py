@@ -1,5 +1,7 @@
 """Training of densities: data from anywhere, units, early stopping, checkpoints."""
 
-from .fit import DensityFitResult, DensityTrainingState, fit_density
+from .fit import fit_density
+from .result import DensityFitResult
+from .run import DensityTrainingState
 
 __all__ = ["DensityFitResult", "DensityTrainingState", "fit_density"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...distributions import Density, Dequantized, FlowDistribution, MultiScaleFlow
+from ...programs import describe_nonfinite
 from ...transforms import ActNorm
 from .rows import HEAD_ROWS, Batch, Rows, Stream
 
@@ -51,56 +53,50 @@ class Moments:
         return Moments(self.count, mean, within.mean((-2, -1), keepdim=True).sqrt())
 
 
-def check_rows(name: str, rows: Rows, dtype: torch.dtype, part: str = "values") -> Moments:
-    """The moments of all rows. Raises `ValueError` for NaN, infinite values and those beyond the dtype.
-
-    Of a stream its first rows are read, and the others when they come.
-    """
+def moments_of(rows: Rows, part: str = "values") -> Moments:
+    """The moments of all rows; of a stream, those of its first rows."""
     count = 0
     sums: Tensor | None = None
-    chunks = [rows.head(HEAD_ROWS)] if isinstance(rows, Stream) else rows.chunks(CHUNK)
-    for chunk in chunks:
-        batch = getattr(chunk, part)
-        check_finite(name, batch, dtype, rows.columns if part == "values" else None, count)
-        batch = batch.to(torch.float64)
+    for chunk in _chunks(rows):
+        batch = getattr(chunk, part).to(torch.float64)
         if sums is None:
             first, sums = batch[0], torch.zeros(2, *batch.shape[1:]).to(batch)
+        count += len(batch)
         # Sums of squares about a value among the data lose no digits to a large mean.
         shifted = batch - first
         sums = sums + torch.stack([shifted.sum(0), shifted.square().sum(0)])
-        count += len(batch)
     mean, square = (torch.as_tensor(sums) / count).unbind()
     return Moments(count, first + mean, (square - mean.square()).clamp(min=0).sqrt())
+
+
+def check_rows(name: str, rows: Rows, dtype: torch.dtype) -> None:
+    """Raises `ValueError` for NaN, infinite values and those beyond the dtype, in rows and contexts.
+
+    Of a stream its first rows are read, and the others when they come.
+    """
+    start = 0
+    for chunk in _chunks(rows):
+        check_finite(name, chunk.values, dtype, rows.columns, start)
+        if chunk.context is not None:
+            what = "context" if name == "data" else f"{name} context"
+            check_finite(what, chunk.context, dtype, rows.context_columns, start)
+        start += len(chunk.values)
+
+
+def _chunks(rows: Rows) -> Iterable[Batch]:
+    return [rows.head(HEAD_ROWS)] if isinstance(rows, Stream) else rows.chunks(CHUNK)
 
 
 def check_finite(
     name: str, batch: Tensor, dtype: torch.dtype, columns: list[str] | None = None, start: int = 0
 ) -> None:
     """`ValueError` with count, first row and column of what is NaN, infinite or beyond the dtype."""
-    if not batch.is_floating_point():
-        return
-    for bad, kind, advice in (
-        (~batch.isfinite(), "NaN or infinite values", "remove or impute them"),
-        (
-            ~batch.to(dtype).isfinite(),
-            f"values beyond {dtype}",
-            "rescale them, or density.double()",
-        ),
-    ):
-        rows = bad.flatten(1).any(1) if bad.dim() > 1 else bad
-        if bool(rows.any()):
-            first = int(rows.nonzero()[0])
-            where = _where(bad[first], columns)
-            raise ValueError(
-                f"{name}: {int(rows.sum())} of {len(batch)} rows have {kind}, first row {start + first}{where}; {advice}"
-            )
-
-
-def _where(bad: Tensor, columns: list[str] | None) -> str:
-    if bad.dim() != 1:
-        return ""
-    column = int(bad.nonzero()[0])
-    return f", column {columns[column]!r}" if columns else f", column {column}"
+    problem = describe_nonfinite(name, batch, start=start, columns=columns)
+    if problem is not None:
+        raise ValueError(f"{problem}; remove or impute them")
+    problem = describe_nonfinite(name, batch.to(dtype), start=start, columns=columns)
+    if problem is not None:
+        raise ValueError(f"{problem} once they are {dtype}; rescale them, or call density.double()")
 
 
 def warn_of_discrete(name: str, density: Density, rows: Rows, moments: Moments) -> None:

@@ -1,11 +1,11 @@
-"""One run of `fit_density`: steps, evaluations, checkpoints, interruption."""
+"""One run of `fit_density`: evaluations, checkpoints and interruption around the steps of the training loop."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ...distributions import Density
-from .._loop import MAX_BAD_STEPS, OptimFactory
 from ..training import checkpoint as files
+from ..training.progress import Progress
+from ..training.steps import take_steps
+from ..training.trainer import Trainer
 from .checks import check_finite, objective
 from .rows import Batch, Rows, Stream
+from .settings import Settings, trained
 
 # Every evaluation takes the same random numbers: two values of a bound differ by the parameters alone.
 EVALUATION_SEED = 0
-# Seconds between two checkpoints.
-SAVE_SECONDS = 5.0
+ADVICE = "lower lr, standardise the data, or look for rows outside of the density's support"
 
 
 @dataclass
@@ -29,6 +31,7 @@ class DensityTrainingState:
     """The state of a run of `fit_density`, as its callback gets it after every evaluation.
 
     Attributes:
+        phase: "training".
         step: steps so far.
         loss: the last finite loss on a batch in nats a row, or NaN.
         losses: of every step, NaN where it was skipped.
@@ -38,6 +41,7 @@ class DensityTrainingState:
         stop: set it to True to end the run.
     """
 
+    phase: str = "training"
     step: int = 0
     loss: float = math.nan
     losses: list[float] = field(default_factory=list)
@@ -47,21 +51,37 @@ class DensityTrainingState:
     best_loss: float = math.nan
     stop: bool = False
 
+    def describe(self) -> str:
+        """The last losses, for a line of progress."""
+        seen = f", validation {self.validation_losses[-1]:.3f}" if self.validation_losses else ""
+        return f"loss {self.loss:.3f}{seen}"
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a run, without density and data."""
 
-    num_steps: int
-    batch_size: int
-    evaluate_every: int
-    patience: float
-    rate: Callable[[int], float]
-    optim: OptimFactory
-    clip_norm: float
-    callback: Callable[[DensityTrainingState], Any] | None
-    checkpoint: str | os.PathLike[str] | None
-    progress: bool
+class BatchObjective:
+    """Minus the mean objective of a density on one batch after the other, for a `Trainer`."""
+
+    def __init__(self, density: Density, train: Rows, batch_size: int):
+        self.density, self.parameters = density, trained(density)
+        self.like = self.parameters[0]
+        self.batches = Batches(train, batch_size)
+        # Tables are checked as a whole before training.
+        self.is_unchecked = isinstance(train, Stream)
+        self.mean_weight = _mean_weight(train)
+
+    def __call__(self) -> tuple[float, list[Tensor]]:
+        raw = next(self.batches)
+        if self.is_unchecked:
+            check_finite("data", raw.values, self.like.dtype)
+        batch = raw.to(self.like)
+        if not self.density.training:
+            self.density.train()
+        values = objective(self.density, batch)
+        if batch.weights is None:
+            loss = -values.mean()
+        else:
+            loss = -(values * batch.weights).mean() / self.mean_weight
+        loss.backward()
+        return loss.item(), self.parameters
 
 
 class Run:
@@ -83,81 +103,62 @@ class Run:
         settings: Settings,
         kept: dict[str, Any],
     ):
-        self.density, self.train, self.validation = density, train, validation
-        self.settings, self.kept = settings, kept
-        self.parameters = trained(density)
-        self.like = self.parameters[0]
-        self.optimizer = settings.optim(self.parameters)
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.density, self.validation, self.settings, self.kept = density, validation, settings, kept  # fmt: skip
+        self.objective = BatchObjective(density, train, settings.batch_size)
+        self.like = self.objective.like
+        self.trainer = Trainer(
+            self.objective, settings.optim, settings.lr, settings.clip_norm, settings.scheduler
+        )
         self.state = DensityTrainingState()
         self.best: dict[str, Tensor] = {}
-        self.num_worse = self.num_bad = 0
+        self.num_worse = 0
         self.seconds = 0.0
-        self.saved_at = time.perf_counter()
-        self.batches = _Batches(train, settings.batch_size)
-        self.mean_weight = _mean_weight(train, self.like)
+        self.saver = files.Saver(settings.checkpoint)
+        self.progress = Progress(settings.progress, settings.num_steps, "fit_density")
 
     def run(self) -> bool:
         """Steps and evaluations until there are no more or no better ones; returns whether the run was interrupted."""
+        settings, state = self.settings, self.state
         begin = time.perf_counter() - self.seconds
         interrupted = False
         try:
-            if self.state.step == 0:
+            if state.step == 0:
                 self._evaluate()
-            for _ in self._progress():
-                self._step()
-                step = self.state.step
-                if step % self.settings.evaluate_every == 0 or step == self.settings.num_steps:
+            steps = take_steps(
+                self.trainer.step,
+                state,
+                settings.num_steps,
+                settings.rate,
+                state.step,
+                advice=ADVICE,
+            )
+            while not state.stop and self.num_worse < settings.patience:
+                step = next(steps, None)
+                if step is None:
+                    break
+                self.progress.update(state)
+                if step % settings.evaluate_every == 0 or step == settings.num_steps:
                     self._evaluate()
                     self.seconds = time.perf_counter() - begin
                     self._call_back()
-                    if time.perf_counter() - self.saved_at >= SAVE_SECONDS:
+                    if self.saver.is_due:
                         self.save()
-                    if self.state.stop or self.num_worse >= self.settings.patience:
-                        break
         except KeyboardInterrupt:
             interrupted = True
+        except FloatingPointError as error:
+            # Losses that were never better than at the start are an error of the density or the data.
+            if not state.best_step:
+                raise
+            warnings.warn(
+                f"{error}. The density has the parameters of step {state.best_step}", stacklevel=6
+            )
+        finally:
+            self.progress.close(state)
         self.seconds = time.perf_counter() - begin
         self.density.eval()
         self.save()
         self._restore(interrupted)
-        return interrupted or self.state.stop
-
-    # --- steps ---
-
-    def _step(self) -> None:
-        """One update; none, and a loss of NaN, where loss or gradient is not finite."""
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * self.settings.rate(self.state.step)
-        raw = next(self.batches)
-        if isinstance(self.train, Stream):
-            # Tables are checked as a whole before training.
-            check_finite("data", raw.values, self.like.dtype)
-        self.density.train()
-        self.optimizer.zero_grad()
-        loss = -self._mean(raw.to(self.like))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-        self.state.step += 1
-        if bool(loss.isfinite() & norm.isfinite()):
-            self.optimizer.step()
-            self.num_bad, self.state.loss = 0, loss.item()
-            self.state.losses.append(self.state.loss)
-            return
-        self.num_bad += 1
-        self.state.losses.append(math.nan)
-        if self.num_bad == MAX_BAD_STEPS:
-            raise FloatingPointError(
-                f"no finite loss and gradient in {self.num_bad} steps in a row (up to step {self.state.step}): lower lr, "
-                "standardise the data, or look for rows outside of the density's support"
-            )
-
-    def _mean(self, batch: Batch) -> Tensor:
-        """The mean objective of a batch, by its weights over the mean weight of all rows."""
-        values = objective(self.density, batch)
-        if batch.weights is None:
-            return values.mean()
-        return (values * batch.weights).mean() / self.mean_weight
+        return interrupted or state.stop
 
     # --- evaluations ---
 
@@ -174,6 +175,7 @@ class Run:
         if not loss >= state.best_loss and math.isfinite(loss):
             state.best_step, state.best_loss, self.num_worse = state.step, loss, 0
             self.best = {k: v.detach().clone() for k, v in self.density.state_dict().items()}
+        self.trainer.evaluated(loss)
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
@@ -211,26 +213,24 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint, if there is to be one."""
-        if self.settings.checkpoint is None:
+        if self.saver.path is None:
             return
         state = self.state
-        files.save(
-            self.settings.checkpoint,
+        self.saver.save(
             {
                 **self.kept,
                 "step": state.step,
                 "losses": torch.tensor(state.losses, dtype=torch.float64),
                 "validation": [state.validation_steps, state.validation_losses],
                 "best": [state.best_step, state.best_loss, self.best],
-                "counts": [self.num_worse, self.num_bad],
+                "num_worse": self.num_worse,
                 "seconds": self.seconds,
                 "density": self.density.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.batches.state(),
+                "trainer": self.trainer.state(),
+                "epoch": self.objective.batches.state(),
                 "random": files.random_state(),
-            },
+            }
         )
-        self.saved_at = time.perf_counter()
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
@@ -238,36 +238,17 @@ class Run:
         state.step, state.losses = saved["step"], saved["losses"].tolist()
         state.validation_steps, state.validation_losses = saved["validation"]
         state.best_step, state.best_loss, self.best = saved["best"]
-        self.num_worse, self.num_bad = saved["counts"]
+        self.num_worse = saved["num_worse"]
         finite = [loss for loss in state.losses if math.isfinite(loss)]
         state.loss = finite[-1] if finite else math.nan
         self.seconds = saved["seconds"]
         self.density.load_state_dict(saved["density"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.batches.load_state(saved["epoch"])
+        self.trainer.load_state(saved["trainer"], self.objective.parameters)
+        self.objective.batches.load_state(saved["epoch"])
         files.set_random_state(saved["random"])
 
-    def _progress(self) -> Iterator[int]:
-        first, num_steps = self.state.step, self.settings.num_steps
-        if self.num_worse >= self.settings.patience:
-            return
-        if not self.settings.progress:
-            yield from range(first, num_steps)
-            return
-        from tqdm.auto import tqdm
 
-        with tqdm(initial=first, total=num_steps, desc="fit_density", unit="step") as bar:
-            for step in range(first, num_steps):
-                yield step
-                bar.update()
-                if step % 50 == 49:
-                    recent = torch.tensor(self.state.losses[-100:]).nanmean().item()
-                    losses = self.state.validation_losses
-                    seen = f", validation {losses[-1]:.3f}" if losses else ""
-                    bar.set_postfix_str(f"loss {recent:.3f}{seen}", refresh=False)
-
-
-class _Batches:
+class Batches:
     """Batches without end: all rows in a new order, and again."""
 
     def __init__(self, rows: Rows, batch_size: int):
@@ -301,12 +282,7 @@ class _Batches:
             next(self.epoch)
 
 
-def trained(density: Density) -> list[Tensor]:
-    """The parameters with a gradient."""
-    return [p for p in density.parameters() if p.requires_grad]
-
-
-def _mean_weight(rows: Rows, like: Tensor) -> float:
+def _mean_weight(rows: Rows) -> float:
     total, count = 0.0, 0
     for batch in rows.chunks(65_536):
         if batch.weights is None:

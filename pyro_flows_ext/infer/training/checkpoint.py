@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 
 from ...files import write_atomically
 
+# Seconds between two checkpoints within a round.
+SAVE_SECONDS = 5.0
 # The version of the format; files of a newer one are refused.
-FORMAT = 2
+FORMAT = 3
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -41,6 +44,24 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if version != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got {version}")
     return state
+
+
+class Saver:
+    """Writes the checkpoints of a run to `path`; does nothing where that is None."""
+
+    def __init__(self, path: str | os.PathLike[str] | None):
+        self.path, self.saved_at = path, time.perf_counter()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last one is more than a few seconds old."""
+        return self.path is not None and time.perf_counter() - self.saved_at >= SAVE_SECONDS
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Writes one."""
+        if self.path is not None:
+            save(self.path, state)
+            self.saved_at = time.perf_counter()
 
 
 def random_state() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from .._loop import MAX_BAD_STEPS
 from ..importance import ImportanceResult
 from .trainer import Trainer
 
@@ -42,6 +41,13 @@ class TrainingState:
     importance: ImportanceResult | None = None
     stop: bool = False
 
+    def describe(self) -> str:
+        """The bound and the effective sample size, for a line of progress."""
+        numbers = f"ELBO {-self.loss:.2f}"
+        if self.importance is not None:
+            numbers += f", ESS {self.importance.efficiency:.0%}"
+        return numbers
+
 
 Callback = Callable[[TrainingState], Any]
 # Steps between two calls of a callback within a round.
@@ -70,32 +76,6 @@ def rounds(first: int, max_steps: int) -> Iterator[Round]:
         yield Round(num_steps, rate, ROUND_END)
         done += num_steps
         length, rate = length * GROWTH, max(rate * DECLINE, LEAST_RATE)
-
-
-def run_round(
-    trainer: Trainer,
-    state: TrainingState,
-    num_steps: int,
-    rate_at: Callable[[int], float],
-    on_step: Callable[[], None],
-    first: int = 0,
-) -> None:
-    """Takes the steps `first` to `num_steps` of a round. Raises `FloatingPointError` after 100 bad steps in a row."""
-    bad = 0
-    for i in range(first, num_steps):
-        value = trainer.step(rate_at(i))
-        state.step += 1
-        state.losses.append(math.nan if value is None else value)
-        if value is not None:
-            bad, state.loss = 0, value
-        else:
-            bad += 1
-            if bad == MAX_BAD_STEPS:
-                raise FloatingPointError(
-                    f"no finite loss and gradient in {bad} steps in a row (up to step {state.step}): check the model for "
-                    "values outside a support, lower lr, or start closer with init_loc_fn and init_scale"
-                )
-        on_step()
 
 
 class BestState:

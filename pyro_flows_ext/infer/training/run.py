@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ from .objectives import Objective, PathObjective
 from .posterior import Posterior
 from .progress import Progress
 from .result import FitResult
-from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds, run_round
+from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds
+from .steps import take_steps
 from .timing import Timing
 from .trainer import Trainer
 from .verdict import TrustCheck, advice, sentences
@@ -38,8 +39,8 @@ LEVEL_ROUNDS = 2
 # Windows of this share of a fixed run, in its middle and at its end, are compared for convergence. The last two would not
 # do: a rate that falls to nothing levels any loss.
 WINDOW, TOLERANCE = 0.1, 0.1
-# Seconds between two checkpoints within a round.
-SAVE_SECONDS = 5.0
+# Where steps are not finite.
+ADVICE = "check the model for values outside a support, lower lr, or start closer with init_loc_fn and init_scale"
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Run:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.options = options
         self.state = TrainingState()
-        self.progress = Progress(options.progress, options.max_steps)
+        self.progress = Progress(options.progress, options.max_steps, "fit")
         self.warm_start: WarmStart | None = None
         self.modes: list[Mode] = []
         self.in_round, self.round_rest, self.level = 0, 0, 0
-        self.saved_at = time.perf_counter()
+        self.saver = files.Saver(options.checkpoint)
         self.problem: str | None = None
 
     def announce(self, phase: str) -> None:
@@ -131,7 +132,7 @@ class Run:
             self._on_step()
 
         self.announce("training")
-        run_round(self.trainer, self.state, num_steps, rate_at, on_step, self.in_round)
+        self._take(num_steps, rate_at, on_step)
         if self.check is None:
             return "fixed", False
         result = self._weigh()
@@ -139,6 +140,14 @@ class Run:
             self.announce("refining")
             return "fixed", self.check.is_trusted(result, last=True)
         return "fixed", False
+
+    def _take(
+        self, num_steps: int, rate_at: Callable[[int], float], on_step: Callable[[], None]
+    ) -> None:
+        """Takes what is left of the steps of a round."""
+        step, state, first = self.trainer.step, self.state, self.in_round
+        for _ in take_steps(step, state, num_steps, rate_at, first, advice=ADVICE):
+            on_step()
 
     def _train_rounds(self) -> tuple[str, bool]:
         """Rounds until the draws are trusted, rounds gain nothing, or steps run out."""
@@ -150,9 +159,7 @@ class Run:
             if number < self.state.round:
                 continue
             self.announce("training")
-            run_round(
-                self.trainer, self.state, r.num_steps, r.rate_at, self._on_step, self.in_round
-            )
+            self._take(r.num_steps, r.rate_at, self._on_step)
             self.state.round, self.in_round = self.state.round + 1, 0
             if self._evaluate_round():
                 return "trusted", True
@@ -229,7 +236,7 @@ class Run:
         if self.state.step % CALLBACK_STEPS == 0:
             self._call_back()
         self.progress.update(self.state)
-        if time.perf_counter() - self.saved_at >= SAVE_SECONDS:
+        if self.saver.is_due:
             self._save()
 
     def _call_back(self) -> None:
@@ -239,13 +246,12 @@ class Run:
     # --- checkpoints ---
 
     def _save(self) -> None:
-        if self.options.checkpoint is None:
+        if self.saver.path is None:
             return
         best = None
         if self.best.saved is not None:
             best = [self.best.score, self.best.se, *self.best.saved]
-        files.save(
-            self.options.checkpoint,
+        self.saver.save(
             {
                 "step": self.state.step,
                 "round": self.state.round,
@@ -262,7 +268,6 @@ class Run:
                 "random": files.random_state(),
             },
         )
-        self.saved_at = time.perf_counter()
 
     def resume(self) -> None:
         """Goes back to the checkpoint. Raises `ValueError` where it is not of this model and guide."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .._loop import OptimFactory
+from .._loop import OptimFactory, SchedulerFactory
 from ..compiled import CompiledTraining, UnsupportedForCompilation
 from .objectives import ELBOObjective, Objective
 from .timing import Timing
@@ -25,6 +26,7 @@ class Trainer:
         optim: makes a torch optimizer from parameters, or a `PyroOptim`, which keeps its own rates; None for Adam.
         lr: Adam's rate.
         clip_norm: the largest joint norm of the gradients; None for no clipping.
+        scheduler: makes a `torch.optim.lr_scheduler` from the optimizer, which then sets the rates.
     """
 
     def __init__(
@@ -33,12 +35,15 @@ class Trainer:
         optim: OptimFactory | PyroOptim | None = None,
         lr: float = 0.02,
         clip_norm: float | None = 10.0,
+        scheduler: SchedulerFactory | None = None,
     ):
         self.objective = objective
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.pyro_optim = optim if isinstance(optim, PyroOptim) else None
         self.factory: OptimFactory = _adam(lr) if optim is None or self.pyro_optim else optim  # type: ignore[assignment]
         self.optimizer: torch.optim.Optimizer | None = None
+        self.make_scheduler = scheduler
+        self.scheduler: LRScheduler | None = None
         self.base_lrs: list[float] = []
         self.params: list[Tensor] = []
         self.compiled: CompiledTraining | None = None
@@ -77,16 +82,28 @@ class Trainer:
         new = [p for p in params if id(p) not in known]  # some guides make parameters as they go
         self.params += new
         if self.optimizer is None:
-            self.optimizer = self.factory(new)
-            self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+            self._make_optimizer(new)
         elif new:
             self.optimizer.add_param_group({"params": new})
             self.base_lrs.append(self.base_lrs[0])
         self._set_rates(rate)
-        self.optimizer.step()
+        self.optimizer.step()  # type: ignore[union-attr]
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+
+    def evaluated(self, loss: float) -> None:
+        """Tells a scheduler that goes by it the loss of an evaluation."""
+        if isinstance(self.scheduler, ReduceLROnPlateau) and math.isfinite(loss):
+            self.scheduler.step(loss)
+
+    def _make_optimizer(self, params: list[Tensor]) -> None:
+        self.optimizer = self.factory(params)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        if self.make_scheduler is not None:
+            self.scheduler = self.make_scheduler(self.optimizer)
 
     def _set_rates(self, rate: float) -> None:
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.scheduler is None:
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * rate
 
@@ -95,18 +112,26 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """The parameters and the optimizer's state, as tensors and plain values."""
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        return {"params": [p.detach().clone() for p in self.params], "optimizer": optimizer}
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        params = [p.detach().clone() for p in self.params]
+        return {"params": params, "optimizer": optimizer, "scheduler": scheduler}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores `state()` of a trainer of the same objective. Raises `ValueError` where the parameters do not fit."""
+    def load_state(self, state: dict[str, Any], params: list[Tensor] | None = None) -> None:
+        """Restores `state()` of a trainer of the same objective. Raises `ValueError` where the parameters do not fit.
+
+        `params`: those of the objective, which is evaluated once to find them where it is None.
+        """
         if self.pyro_optim is not None:
             raise ValueError("optim: expected a torch optimizer for a checkpoint, got a PyroOptim")
-        with torch.enable_grad():
-            _, params = self.objective()
+        if params is None:
+            with torch.enable_grad():
+                _, params = self.objective()
         params = [p for p in params if p.requires_grad]
         for p in params:
             p.grad = None
+        if not state["params"]:  # of a run that was stopped before its first step
+            return
         shapes = [tuple(p.shape) for p in params], [tuple(p.shape) for p in state["params"]]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -115,9 +140,11 @@ class Trainer:
         for p, saved in zip(params, state["params"], strict=True):
             p.copy_(saved)
         if state["optimizer"] is not None:
-            self.params, self.optimizer = params, self.factory(params)
-            self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.params = params
+            self._make_optimizer(params)
+            self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
+        if state["scheduler"] is not None and self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
 
     # --- compiled steps ---
 
@@ -149,6 +176,3 @@ def _adam(lr: float) -> OptimFactory:
         return torch.optim.Adam(params, lr=lr)
 
     return factory
-
-
-Schedule = Callable[[int], float]

@@ -1,6 +1,7 @@
 """`fit_density`: numbers against closed forms, the best parameters kept, reproducibility, and what it refuses."""
 
 import math
+from functools import partial
 from itertools import chain
 
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ from pyro_flows_ext.distributions import (
     FlowDistribution,
     NestedDropoutFlow,
 )
+from pyro_flows_ext.flows import RealNVP
 from pyro_flows_ext.infer import fit_density
 
 TRUTH = dist.MultivariateNormal(
@@ -269,8 +271,8 @@ REFUSED = {
     "no rows": ({"data": torch.zeros(0, 2)}, r"data: expected at least one row, got shape \(0, 2\)"),
     "event": ({"data": torch.zeros(9, 3)}, r"data: expected rows \(N, 2\), got \(N, 3\)"),
     "grid": ({"data": torch.zeros(9, 4, 2)}, r"data: expected rows \(N, 2\)"),
-    "nan": ({"data": torch.tensor([[0.0, math.nan]])}, "data: 1 of 1 rows have NaN or infinite values, first row 0, column 1"),
-    "validation": ({"validation": torch.tensor([[math.inf, 1.0]])}, "validation: 1 of 1 rows have NaN"),
+    "nan": ({"data": torch.tensor([[0.0, math.nan]])}, "data: 1 of 2 values is NaN, the first in row 0"),
+    "validation": ({"validation": torch.tensor([[math.inf, 1.0]])}, "validation: 1 of 2 values is infinite"),
 }  # fmt: skip
 
 
@@ -298,4 +300,83 @@ def test_progress_goes_to_stderr(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "validation" in err
-    assert "50/50" in err
+    assert "step 50" in err
+
+
+# --- learning rates and what is not finite ---
+
+
+def test_a_scheduler_sets_the_rates():
+    rates = []
+
+    def scheduler(optimizer):
+        made.append(torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.5))
+        return made[-1]
+
+    made = []
+
+    def callback(state):
+        rates.append(made[0].get_last_lr()[0])
+
+    quick(affine(), rows(100), num_steps=40, lr=0.1, scheduler=scheduler, evaluate_every=10, callback=callback)  # fmt: skip
+    assert rates == pytest.approx([0.05, 0.025, 0.0125, 0.00625])
+
+
+def test_a_scheduler_that_goes_by_the_validation_loss():
+    made = []
+
+    def scheduler(optimizer):
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        made.append((plateau, optimizer))
+        return plateau
+
+    quick(affine(), rows(200), validation=rows(50), num_steps=60, lr=0.5, scheduler=scheduler, evaluate_every=5, patience=None)  # fmt: skip
+    plateau, optimizer = made[0]
+    assert plateau.last_epoch == 12  # the evaluation before any step is before the optimizer too
+    assert optimizer.param_groups[0]["lr"] < 0.5
+
+
+def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path):
+    def run(num, **options):
+        torch.manual_seed(0)
+        density = affine()
+
+        def callback(state):
+            state.stop = state.step == num
+
+        return quick(density, rows(100), num_steps=40, lr=0.1, evaluate_every=10, seed=0, checkpoint=tmp_path / "c.pt",
+                     scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=41), callback=callback, **options)  # fmt: skip
+
+    expected = run(None)
+    (tmp_path / "c.pt").unlink()
+    assert run(20).steps == 20
+    found = run(None, resume=True)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=0)
+
+
+def test_a_scheduler_that_is_made_too_early_is_named():
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(
+        TypeError, match=r"scheduler: expected a function that makes one, .*got a StepLR"
+    ):
+        quick(affine(), rows(100), scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 10))
+
+
+def test_a_run_that_breaks_keeps_the_best_parameters():
+    density = RealNVP(2, num_layers=2)
+    broken = []
+
+    def callback(state):
+        if state.step >= 50 and not broken:
+            broken.append(state.best_step)
+            with torch.no_grad():
+                next(density.parameters()).fill_(math.nan)
+
+    with (
+        pytest.warns(UserWarning, match=r"100 steps in a row .* has the parameters of step \d+"),
+        pytest.warns(UserWarning, match="100 of 150 steps"),
+    ):
+        result = quick(density, rows(200), validation=rows(50), num_steps=400, lr=0.05, evaluate_every=10, patience=None, callback=callback)  # fmt: skip
+    assert 0 < result.best_step <= 50
+    assert (result.steps, result.stopped_early) == (150, True)
+    assert all(p.isfinite().all() for p in density.parameters())

@@ -4,10 +4,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-import pyro_flows_ext.infer.density.run as run
 import pyro_flows_ext.transforms as T
 from pyro_flows_ext.distributions import FlowDistribution, FlowVAE
 from pyro_flows_ext.infer import fit_density
+from pyro_flows_ext.infer.training import checkpoint
 
 OPTIONS = {"num_steps": 30, "batch_size": 30, "lr": 0.02, "progress": False, "evaluate_every": 3}
 X = 50 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) + 1000
@@ -42,7 +42,7 @@ def killed_after(evaluations):
 @pytest.mark.parametrize("make", [flow, vae], ids=["flow", "parts"])
 @pytest.mark.parametrize("seed", [3, None])
 def test_a_killed_run_goes_on_to_the_same_losses(make, evaluations, seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
     density = make()
     torch.manual_seed(1)
     expected = fit_density(density, X, seed=seed, **OPTIONS)
@@ -77,7 +77,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
     fit_density(flow(), X, seed=0, checkpoint=path, **OPTIONS)
     with pytest.raises(ValueError, match=r"expected one of \(num_steps, first_steps, rows\) .*, got"):  # fmt: skip
         fit_density(flow(), X[:100], seed=0, checkpoint=path, resume=True, **OPTIONS)
-    run.files.save(path, {"step": 3})
+    checkpoint.save(path, {"step": 3})
     with pytest.raises(ValueError, match="expected a checkpoint of fit_density, got one of fit"):
         fit_density(flow(), X, checkpoint=path, resume=True, **OPTIONS)
     path.write_bytes(b"nothing")

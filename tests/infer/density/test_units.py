@@ -187,8 +187,8 @@ def with_nan():
 
 
 FAULTS = {
-    "nan": (with_nan(), "data: 2 of 100 rows have NaN or infinite values, first row 17, column 1; remove"),
-    "range": (torch.tensor([[1.0, 2.0], [1e39, 0.0]], dtype=torch.float64), r"data: 1 of 2 rows have values beyond torch.float32, first row 1, column 0; .*double"),
+    "nan": (with_nan(), r"data: 3 of 200 values are NaN \(1\) or infinite, the first in row 17 \(data\[17, 1\].*; remove"),
+    "range": (torch.tensor([[1.0, 2.0], [1e39, 0.0]], dtype=torch.float64), r"data: 1 of 4 values is infinite, the first in row 1 \(.*once they are torch.float32; .*double"),
     "empty": (torch.zeros(0, 2), r"data: expected at least one row, got shape \(0, 2\)"),
     "scalar": (torch.tensor(1.0), r"data: expected at least one row, got shape \(\)"),
     "shape": (torch.zeros(5, 3), r"data: expected rows \(N, 2\), got \(N, 3\)"),

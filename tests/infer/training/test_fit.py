@@ -267,7 +267,7 @@ def losses_of(path, resume, stop_at=None, guide_class=AutoSylvester, **options):
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(
     tmp_path, monkeypatch, guide_class
 ):
-    monkeypatch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("pyro_flows_ext.infer.training.checkpoint.SAVE_SECONDS", 0.0)
     path = tmp_path / "fit.ckpt"
     whole = losses_of(path, False, guide_class=guide_class)
     path.unlink()
@@ -306,7 +306,7 @@ def test_a_run_killed_in_its_last_check_ends_as_one_that_was_not_stopped(tmp_pat
 
 
 def test_a_resumed_run_keeps_its_number_of_particles(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("pyro_flows_ext.infer.training.checkpoint.SAVE_SECONDS", 0.0)
     module = import_module(
         "pyro_flows_ext.infer.training.fit"
     )  # the package has a function of this name
@@ -334,7 +334,7 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
 def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
     path = tmp_path / "fit.ckpt"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+        patch.setattr("pyro_flows_ext.infer.training.checkpoint.SAVE_SECONDS", 0.0)
         losses_of(path, False)
     with pytest.raises((ValueError, RuntimeError)):
         losses_of(path, True, guide_class=AutoIAF)
