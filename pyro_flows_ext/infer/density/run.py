@@ -51,6 +51,16 @@ class DensityTrainingState:
     best_loss: float = math.nan
     stop: bool = False
 
+    def record(self) -> dict[str, float]:
+        """The numbers, by name, for a logger."""
+        last = self.validation_losses[-1] if self.validation_losses else math.nan
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "validation_loss": last,
+            "best_loss": self.best_loss,
+        }
+
     def describe(self) -> str:
         """The last losses, for a line of progress."""
         seen = f", validation {self.validation_losses[-1]:.3f}" if self.validation_losses else ""

@@ -41,6 +41,17 @@ class TrainingState:
     importance: ImportanceResult | None = None
     stop: bool = False
 
+    def record(self) -> dict[str, float]:
+        """The numbers, by name, for a logger."""
+        weighed = self.importance
+        return {
+            "step": self.step,
+            "round": self.round,
+            "loss": self.loss,
+            "ess": math.nan if weighed is None else weighed.ess,
+            "k_hat": math.nan if weighed is None else weighed.k_hat,
+        }
+
     def describe(self) -> str:
         """The bound and the effective sample size, for a line of progress."""
         numbers = f"ELBO {-self.loss:.2f}"
