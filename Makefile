@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all fuzz lint format notebooks docs clean
+.PHONY: demo test test-slow test-all fuzz lint format notebooks docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/pyro-flows demo
@@ -41,6 +41,17 @@ docs: $(VENV)/.installed-docs
 
 $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+# Wheel and sdist, checked; their tools live in an environment of their own.
+dist: $(VENV)-dist/.installed
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build -q
+	$(VENV)-dist/bin/twine check --strict dist/*
+
+$(VENV)-dist/.installed:
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install -q build twine
 	touch $@
 
 clean:
