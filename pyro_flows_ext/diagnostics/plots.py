@@ -1,6 +1,6 @@
-"""Plots that return matplotlib axes: a posterior beside its reference, and a loss as it fell.
+"""Plots that return matplotlib axes: a posterior beside its reference, and the loss of a fit.
 
-Nothing here touches pyplot, rcParams or the backend. A figure that a notebook shows by itself is one it made:
+No function here changes pyplot, rcParams or the backend. A notebook shows by itself a figure that it made,
 `posterior(draws, figure=plt.figure())`; otherwise the figure is `axes.flat[0].figure`.
 """
 
@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .plots_style import (
+    DRAWS_COLOR,
+    FONT_SIZE,
+    PANEL_SIZE,
+    REFERENCE_COLOR,
+    TEXT_COLOR,
+    WARNING_COLOR,
+    new_figure,
+    select,
+    style_axes,
+    tint,
+)
 from .summary import flatten_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-# Blue and vermilion are told apart by the colour-blind and in grey (Okabe & Ito 2008, Color universal design).
-DRAWS_COLOR, REFERENCE_COLOR, TEXT_COLOR = "#0072B2", "#D55E00", "#333333"
-# Of a verdict against what a picture shows: darker than the reference, which may be in the same picture.
-WARNING_COLOR = "#B00020"
-FONT_SIZE = 8.0
-# Width and height of a panel, inches.
-PANEL_SIZE = 1.75
-# More points than this in a panel are a blot; contours then speak for the rest.
+# More points than this in a panel overlap; contours then represent the rest.
 MAX_POINTS = 1000
-MAX_LABEL = 22
 # Contours hold these shares of the draws.
 LEVELS = (0.9, 0.5)
 
@@ -41,23 +45,32 @@ def posterior(
     labels: tuple[str, str] = ("guide", "reference"),
     figure: Figure | SubFigure | None = None,
 ) -> np.ndarray:
-    """Marginals on the diagonal, pairs below it: an array of axes `(P, P)`, hidden above the diagonal.
+    """Marginals on the diagonal, pairs below it.
 
-    `samples` `{site: (N, *shape)}`; `reference` likewise, e.g. draws of a long MCMC run: outlined over the samples
-    wherever it has a parameter of the same name. `names` selects and orders, by site ("theta") or scalar parameter
-    ("theta[0]"); of more than `max_panels` the first are drawn, and the figure says so. Contours of a pair hold 50 %
-    and 90 % of the draws. Axes cover the central 99 % of the draws, a margin wider.
+    Contours of a pair hold 50 % and 90 % of the draws. Axes cover the central 99 % of the draws, with a margin.
 
-    Raises `ValueError` for unknown names and for a parameter without finite draws.
+    Args:
+        samples: site -> draws `(N, *shape)`.
+        reference: likewise, e.g. draws of a long MCMC run; outlined over the samples of the same name.
+        names: selects and orders parameters, by site ("theta") or scalar ("theta[0]").
+        max_panels: number of parameters to draw at most; the figure has a note if there are more.
+        labels: of samples and reference.
+        figure: to draw in; a new one by default.
+
+    Returns:
+        An array of axes `(P, P)`, hidden above the diagonal.
+
+    Raises:
+        ValueError: for unknown names, and for a parameter without finite draws.
     """
-    draws = _select(flatten_samples(samples), names)
+    draws = select(flatten_samples(samples), names)
     others = flatten_samples(reference) if reference is not None else {}
     parameters = list(draws)[:max_panels]
     if not parameters:
         raise ValueError("samples: expected at least one parameter to plot, got none")
     size = len(parameters)
     if figure is None:
-        figure = _new_figure(*(2 * [PANEL_SIZE * size] if size > 1 else [4.2, 2.8]))
+        figure = new_figure(*(2 * [PANEL_SIZE * size] if size > 1 else [4.2, 2.8]))
     axes = figure.subplots(size, size, squeeze=False, sharex="col")
     ticks = 4 if size > 1 else 7
     limits = {p: _limits(p, draws[p], others.get(p)) for p in parameters}
@@ -78,7 +91,7 @@ def posterior(
                 ax.set_ylim(*limits[y])
             ax.set_xlim(*limits[x])
             is_bottom, is_left = row == size - 1, column == 0 and row > 0
-            _dress(ax, x if is_bottom else None, y if is_left else None, num_ticks=ticks)
+            style_axes(ax, x if is_bottom else None, y if is_left else None, num_ticks=ticks)
             ax.tick_params(labelbottom=is_bottom, labelleft=is_left)
             # The power of ten goes where the labels of the ticks go.
             ax.xaxis.offsetText.set_visible(is_bottom)
@@ -89,11 +102,20 @@ def posterior(
 
 
 def loss(result_or_losses: Any, *, ax: Axes | None = None) -> Axes:
-    """The loss of every step, and its running median: axes, in nats.
+    """The loss of every step in nats, and its running median over a twentieth of the steps.
 
-    Takes a `FitResult` or losses `(num_steps)`; steps that are not finite are left out. The median runs over a
-    twentieth of the steps, at least five. The vertical axis covers what comes after the first tenth of the steps; where
-    it leaves the first step out, the legend has its loss. Raises `ValueError` without a finite loss.
+    The vertical axis covers the losses after the first tenth of the steps; the legend gives the first loss if that is
+    outside. Steps that are not finite are left out.
+
+    Args:
+        result_or_losses: a `FitResult`, or losses `(num_steps)`.
+        ax: axes to draw in; new ones by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: without a finite loss.
     """
     values = getattr(result_or_losses, "losses", result_or_losses)
     flat = flatten_samples({"losses": values})
@@ -105,7 +127,7 @@ def loss(result_or_losses: Any, *, ax: Axes | None = None) -> Axes:
     if not is_finite.any():
         raise ValueError(f"losses: expected at least one finite value of {len(losses)}, got none")
     if ax is None:
-        ax = _new_figure(5.6, 3.2).add_subplot()
+        ax = new_figure(5.6, 3.2).add_subplot()
     centres, medians = _running_median(steps[is_finite], losses[is_finite])
     later = losses[is_finite & (steps > len(losses) // 10)]
     low, high = np.quantile(later if len(later) else losses[is_finite], [0.005, 0.995])
@@ -117,23 +139,23 @@ def loss(result_or_losses: Any, *, ax: Axes | None = None) -> Axes:
     ax.plot(centres, medians, color=DRAWS_COLOR, lw=1.8, label="running median")
     ax.set_xlim(1, max(len(losses), 2))
     ax.set_ylim(low - margin, high + margin)
-    _dress(ax, "step", "loss (nats)", num_ticks=7)
+    style_axes(ax, "step", "loss (nats)", num_ticks=7)
     legend = ax.legend(loc="upper right", fontsize=FONT_SIZE, labelcolor=TEXT_COLOR)
     legend.get_frame().set(facecolor="white", alpha=0.85, linewidth=0)
     return ax
 
 
 def write_verdict(figure: Figure | SubFigure, verdict: str, trusted: bool) -> None:
-    """Writes a line above everything in a figure: whether to believe it.
+    """Writes a line above everything in a figure: whether its draws can be trusted.
 
     Args:
-        figure: a figure of this module, e.g. `axes.flat[0].figure`.
+        figure: e.g. `axes.flat[0].figure`.
         verdict: the text, wrapped to the width of the figure.
         trusted: False writes it in red and bold.
     """
     from textwrap import fill
 
-    # The mean character of the font is half as wide as it is high.
+    # The mean width of a character of the font is half of its height.
     width = figure.bbox.width / figure.dpi * 72 / (0.55 * FONT_SIZE)
     figure.suptitle(
         fill(verdict, max(20, int(width))),
@@ -166,7 +188,7 @@ def _marginal(
 
 
 def _bins(draws: np.ndarray, limits: tuple[float, float], num_draws: int) -> list[float]:
-    """Edges of bins: wide enough that noise does not read as shape; around the integers for counts."""
+    """Edges of bins: wider with fewer draws, against noise; centred on the integers for counts."""
     low, high = limits
     num_bins = int(np.clip(2.2 * num_draws ** (1 / 3), 10, 50))
     if np.array_equal(draws, draws.round()):
@@ -198,12 +220,12 @@ def _pair(
         return
     if fill:
         edges = [*levels, 1.01 * grid[-1].max()]
-        ax.contourf(*grid, edges, colors=[_tint(color, 0.5), _tint(color, 0.8)], alpha=0.6)
+        ax.contourf(*grid, edges, colors=[tint(color, 0.5), tint(color, 0.8)], alpha=0.6)
     ax.contour(*grid, levels, colors=color, linewidths=0.8 if fill else 1.3)
 
 
 def _extent(values: np.ndarray, limits: tuple[float, float]) -> tuple[float, float]:
-    """Where there are values within the limits: a density spread further would cross the bounds of a support."""
+    """The range of values within the limits: a smoothed density must not cross the bounds of a support."""
     if not len(values):
         return 0.0, 0.0
     return max(limits[0], float(values.min())), min(limits[1], float(values.max()))
@@ -257,21 +279,6 @@ def _running_median(steps: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, 
     return steps[centres], np.array(medians)
 
 
-# --- clothes ---
-
-
-def _select(flat: dict[str, np.ndarray], names: Sequence[str] | None) -> dict[str, np.ndarray]:
-    if names is None:
-        return flat
-    chosen: dict[str, np.ndarray] = {}
-    for name in names:
-        found = {k: v for k, v in flat.items() if k == name or k.startswith(f"{name}[")}
-        if not found:
-            raise ValueError(f"names: expected some of {list(flat)}, got {name!r}")
-        chosen.update(found)
-    return chosen
-
-
 def _limits(name: str, draws: np.ndarray, reference: np.ndarray | None) -> tuple[float, float]:
     """The central 99 % of either set of draws, and a margin; never past the draws by more than the margin."""
     ends = []
@@ -287,38 +294,6 @@ def _limits(name: str, draws: np.ndarray, reference: np.ndarray | None) -> tuple
     return float(low - margin), float(high + margin)
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", dpi=120)
-
-
-def _dress(ax: Axes, x_label: str | None, y_label: str | None, *, num_ticks: int) -> None:
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        ax.spines[side].set_color("#888888")
-    ax.tick_params(labelsize=FONT_SIZE - 1, colors=TEXT_COLOR, length=2.5, width=0.6)
-    for axis, has_ticks in ((ax.xaxis, True), (ax.yaxis, len(ax.get_yticks()) > 0)):
-        if not has_ticks:  # a marginal has no vertical scale
-            continue
-        formatter = ScalarFormatter(useMathText=True)
-        formatter.set_powerlimits((-2, 4))  # labels of at most six characters, so that none overlap
-        axis.set_major_formatter(formatter)
-        axis.set_major_locator(MaxNLocator(num_ticks, steps=[1, 2, 5, 10], min_n_ticks=2))
-        axis.offsetText.set_fontsize(FONT_SIZE - 1)
-    style: dict[str, Any] = {"fontsize": FONT_SIZE, "color": TEXT_COLOR}
-    if x_label is not None:
-        x_formatter = ax.xaxis.get_major_formatter()
-        x_formatter.format_ticks(ax.get_xticks().tolist())
-        # The power of ten stands at the right end, on the label's line: move a label out of its way.
-        ax.set_xlabel(_shorten(x_label), labelpad=12 if x_formatter.get_offset() else 3, **style)
-    if y_label is not None:
-        ax.set_ylabel(_shorten(y_label), **style)
-
-
 def _legend(axes: np.ndarray, labels: Sequence[str], *, hidden: int) -> None:
     """In the empty corner above the diagonal; above a single panel."""
     from matplotlib.lines import Line2D
@@ -326,7 +301,7 @@ def _legend(axes: np.ndarray, labels: Sequence[str], *, hidden: int) -> None:
 
     handles: list[Any] = []
     if labels:
-        face = _tint(DRAWS_COLOR, 0.4)
+        face = tint(DRAWS_COLOR, 0.4)
         handles = [
             Patch(facecolor=face, edgecolor=DRAWS_COLOR, label=labels[0]),
             Line2D([], [], color=REFERENCE_COLOR, lw=1.5, label=labels[1]),
@@ -346,18 +321,3 @@ def _legend(axes: np.ndarray, labels: Sequence[str], *, hidden: int) -> None:
         **place,
     )
     legend.get_title().set(fontsize=FONT_SIZE, color=TEXT_COLOR)
-
-
-def _tint(color: str, strength: float) -> tuple[float, float, float]:
-    """`color` mixed with white."""
-    from matplotlib.colors import to_rgb
-
-    red, green, blue = (1 - strength * (1 - c) for c in to_rgb(color))
-    return red, green, blue
-
-
-def _shorten(label: str) -> str:
-    if len(label) <= MAX_LABEL:
-        return label
-    keep = MAX_LABEL // 2
-    return f"{label[: keep - 1]}…{label[-keep:]}"

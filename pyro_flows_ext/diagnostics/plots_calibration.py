@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .calibration import CalibrationResult
-from .plots import (
+from .plots_style import (
     DRAWS_COLOR,
     FONT_SIZE,
     PANEL_SIZE,
     REFERENCE_COLOR,
     TEXT_COLOR,
-    _dress,
-    _new_figure,
-    _select,
-    _tint,
+    new_figure,
+    select,
+    style_axes,
+    tint,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def rank_histogram(
     side. `names` selects and orders, by site or scalar parameter; of more than `max_panels` those of the lowest
     p-values are drawn, and the figure says so. Raises `ValueError` for unknown names.
     """
-    chosen = list(_select(dict(result.ranks), names))
+    chosen = list(select(dict(result.ranks), names))
     p_values = result.p_values
     shown = chosen
     if len(chosen) > max_panels:
@@ -52,7 +52,7 @@ def rank_histogram(
     columns = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     if figure is None:
-        figure = _new_figure(1.3 * PANEL_SIZE * columns + 0.4, 1.05 * PANEL_SIZE * rows + 0.3)
+        figure = new_figure(1.3 * PANEL_SIZE * columns + 0.4, 1.05 * PANEL_SIZE * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
@@ -65,7 +65,7 @@ def rank_histogram(
             counts,
             np.diff(edges),
             align="edge",
-            color=_tint(DRAWS_COLOR, 0.5),
+            color=tint(DRAWS_COLOR, 0.5),
             edgecolor=DRAWS_COLOR,
             lw=0.6,
         )
@@ -80,7 +80,7 @@ def rank_histogram(
         ax.set_title(title, fontsize=FONT_SIZE, color=TEXT_COLOR, pad=3)
         is_bottom = i + columns >= len(shown)
         x_label = f"rank of {result.num_draws}" if is_bottom else None
-        _dress(ax, x_label, "count" if i % columns == 0 else None, num_ticks=4)
+        style_axes(ax, x_label, "count" if i % columns == 0 else None, num_ticks=4)
         ax.tick_params(labelbottom=is_bottom)
     if len(shown) < len(chosen):
         title = f"the {len(shown)} of {len(chosen)} parameters with the lowest p-values"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributions import MultiScaleFlow
 from ..transforms import Squeeze
-from .plots import FONT_SIZE, PANEL_SIZE, TEXT_COLOR, _new_figure
+from .plots_style import FONT_SIZE, PANEL_SIZE, TEXT_COLOR, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def factoring(
         pictures = [Squeeze().inverse_and_ladj(p)[0] for p in pictures]
     rows, columns = pictures[0].shape[0], len(pictures)
     if figure is None:
-        figure = _new_figure(1.3 * PANEL_SIZE * columns + 0.3, 1.1 * PANEL_SIZE * rows + 0.3)
+        figure = new_figure(1.3 * PANEL_SIZE * columns + 0.3, 1.1 * PANEL_SIZE * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False)
     for column, picture in enumerate(pictures):
         if column == 0:
