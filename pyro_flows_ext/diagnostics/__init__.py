@@ -13,6 +13,7 @@ from .numerics import (
     round_trip_error,
 )
 from .plots_calibration import rank_histogram
+from .predictive import crps, pit
 from .summary import ParameterSummary, flatten_samples, summary
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "LipschitzEstimate",
     "ParameterSummary",
     "annealed_importance_sampling",
+    "crps",
     "flatten_samples",
     "gaps",
     "importance",
     "jacobian_condition_number",
     "lipschitz_estimate",
     "log_evidence_ais",
+    "pit",
     "plots",
     "plots_images",
     "rank_histogram",

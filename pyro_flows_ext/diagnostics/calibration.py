@@ -167,7 +167,7 @@ def simulation_based_calibration(
         draws = draw(num_draws * thin, *new_args, **new_kwargs)
         for name, site in latent_sites(trace):
             if name in draws:
-                rank = _rank(simulated[name]["value"], draws[name][thin - 1 :: thin])
+                rank = rank_among(simulated[name]["value"], draws[name][thin - 1 :: thin])
                 ranks.setdefault(name, []).append(_pooled(rank, site, plates))
     flat = flatten_samples({name: torch.cat(parts) for name, parts in ranks.items()})
     if not flat or min(map(len, flat.values())) < 2 * MIN_EXPECTED:
@@ -273,7 +273,7 @@ def _sampler(
     return draw
 
 
-def _rank(value: Tensor, draws: Tensor) -> Tensor:
+def rank_among(value: Tensor, draws: Tensor) -> Tensor:
     """How many draws lie below the value, elementwise; a random part of those that equal it."""
     ties = (draws == value).sum(0)
     share = torch.rand(ties.shape, device=ties.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,21 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws without a gradient: `(*sample_shape, *batch_shape, *event_shape)`."""
         return self.rsample(torch.Size(sample_shape))
+
+    @torch.no_grad()
+    def quantiles(self, probs: Sequence[float] | Tensor, num_samples: int = 10_000) -> Tensor:
+        """Quantiles of each element of the event by itself, from draws: `(len(probs), *batch_shape, *event_shape)`.
+
+        The standard error of a median of a normal is .0125 standard deviations with the default number of draws.
+        """
+        draws = self.sample((num_samples,))
+        probs = torch.as_tensor(probs, dtype=draws.dtype, device=draws.device)
+        if probs.dim() != 1 or not bool(((probs >= 0) & (probs <= 1)).all()):
+            raise ValueError(f"probs: expected a list of numbers from 0 to 1, got {probs.tolist()}")
+        # In columns, as torch.quantile takes no more than 16 million numbers at once.
+        columns = draws.flatten(1).unbind(1) if draws.dim() > 1 else (draws,)
+        found = torch.stack([torch.quantile(column, probs) for column in columns], -1)
+        return found.reshape(len(probs), *draws.shape[1:])
 
     def objective(self, value: Tensor) -> Tensor:
         """What training maximises, by row: `log_prob`, unless a subclass wants more: `(*, *event_shape)` -> `(*)`, in nats."""

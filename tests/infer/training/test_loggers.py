@@ -47,7 +47,9 @@ def test_the_numbers_of_a_guide(tmp_path):
 
 def test_other_columns_are_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"expected a file with the columns step, loss, .*got a, b"):
+    with pytest.raises(
+        ValueError, match=r"expected a file with the columns step, loss, .*got a, b"
+    ):
         fitted(callback=CSVLogger(tmp_path / "other.csv"))
 
 
