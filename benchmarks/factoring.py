@@ -2,12 +2,14 @@
 
     python benchmarks/factoring.py --seeds 3 --output benchmark-output
     python benchmarks/factoring.py --data fashion --arms channel checkerboard likelihood "likelihood by position"
+    python benchmarks/factoring.py --architecture glow --arms channel checkerboard likelihood "likelihood by channel"
 
 Multi-scale flows of three levels, trained in dequantised pixels. `none` is the first step, in which nothing leaves; its
 contributions to the log-det make the masks of `likelihood`. Static splits: `channel`, `checkerboard`, and its `other colour`.
 Three more say what a mask is worth: `reversed` keeps what `likelihood` gives up, `random` ranks by noise, and `likelihood by
 position` ranks means over the image, so that every block loses the same places and a channel of the next level holds
-one place. The factored flows have the same number of parameters and of steps, the same initial values, the same
+one place. `likelihood by channel` does so across the channels of a block, `in order` as well, with the log singular values of a
+1x1 convolution by the number of the channel and shares that stay in place (both are meant for Glow, `--architecture glow`). The factored flows have the same number of parameters and of steps, the same initial values, the same
 batches and the same noise at the test. Printed: bits a dimension of test images, mean and sd over seeds, and the
 difference to `channel` seed by seed. Writes factoring_DATA.json and .png.
 
@@ -34,11 +36,12 @@ from pyro_flows_ext.distributions import Dequantized, MultiScaleFlow
 from pyro_flows_ext.distributions._contributions import masks_by_share, mean_by_place
 from pyro_flows_ext.flows import Glow, RealNVPImage
 from pyro_flows_ext.infer import fit_density
+from pyro_flows_ext.transforms import Squeeze
 from pyro_flows_ext.transforms.multiscale import make_mask
 
 ARCHITECTURES = {"realnvp": RealNVPImage, "glow": Glow}
 STATIC = ("none", "channel", "checkerboard", "other colour")
-RANKED = ("likelihood", "likelihood by position", "reversed", "random")
+RANKED = ("likelihood", "likelihood by position", "likelihood by channel", "in order", "reversed", "random")  # fmt: skip
 NUM_TEST, NUM_RANKED, NUM_STARTED = 2000, 2000, 512
 
 
@@ -100,20 +103,24 @@ def bits(density: Dequantized, test: Tensor) -> Tensor:
     return torch.cat([density.bits_per_dim(x, noise=u) for x, u in chunks])
 
 
-def choose(shares: list[Tensor], seed: int) -> dict[str, list[Tensor]]:
-    """Masks for each arm that ranks. `shares`: contributions at every level but the last."""
+def choose(shares: list[Tensor], ordered: list[Tensor], seed: int) -> dict[str, list[Tensor]]:
+    """Masks for each arm that ranks. `shares`, `ordered`: contributions at every level but the last, carried and not."""
     generator = torch.Generator().manual_seed(seed)
+    by_place, ordered = ([mean_by_place(s, i) for i, s in enumerate(x)] for x in (shares, ordered))
     ranked = {
         "likelihood": shares,
-        "likelihood by position": [mean_by_place(s, i) for i, s in enumerate(shares)],
+        "likelihood by position": by_place,
         "reversed": [-s for s in shares],
         "random": [torch.rand(s.shape, generator=generator) for s in shares],
     }
-    return {name: masks_by_share(values) for name, values in ranked.items()}
+    across = {"likelihood by channel": by_place, "in order": ordered}
+    return {name: masks_by_share(values) for name, values in ranked.items()} | {
+        name: masks_by_share(values, across_channels=True) for name, values in across.items()
+    }
 
 
 def static(name: str, shape: Any, num_levels: int = 3) -> Any:
-    """What leaves in an arm that does not look at the data."""
+    """What leaves in an arm that does not look at the data. `shape`: of the first level's image."""
     if name != "other colour":
         return name
     sizes = [(shape[0] * 2**i, shape[1] // 2**i, shape[2] // 2**i) for i in range(num_levels - 1)]
@@ -128,7 +135,7 @@ def describe(pixels: Tensor, shares: list[Tensor], chosen: dict[str, Any]) -> di
     """
     mask = chosen["likelihood"][0]
     found: dict[str, Any] = {}
-    for name in ("channel", "checkerboard", "likelihood by position"):
+    for name in ("channel", "checkerboard", "likelihood by position", "likelihood by channel"):
         other = chosen[name]
         other = make_mask(name, mask.shape) if isinstance(other, str) else other[0]
         found[f"agreement with {name}"] = (mask == other).float().mean().item()
@@ -152,7 +159,9 @@ def run(seed: int, data: Tensor, test: Tensor, options: Any) -> tuple[list[dict[
     make = ARCHITECTURES[options.architecture]
     settings = {"num_levels": 3, "num_layers": options.depth, "hidden_dims": (options.hidden,)}
     rows, kept, flows = [], {}, {}
-    chosen: dict[str, Any] = {name: static(name, data.shape[1:]) for name in STATIC}
+    squeeze = (lambda x: Squeeze()(x)) if options.architecture == "glow" else (lambda x: x)
+    shape = squeeze(data[:1]).shape[1:]
+    chosen: dict[str, Any] = {name: static(name, shape) for name in STATIC}
     for name in options.arms:
         torch.manual_seed(seed)
         flow = make(data.shape[1:], factor_out=chosen[name], **settings)
@@ -174,9 +183,10 @@ def run(seed: int, data: Tensor, test: Tensor, options: Any) -> tuple[list[dict[
             ranked = data[:NUM_RANKED] + torch.rand_like(data[:NUM_RANKED])
             pixels = density.preprocess(ranked / density.num_levels)  # type: ignore[misc]
             kept["contributions"] = flow.contributions(pixels)
-            chosen |= choose(kept["contributions"][:-1], seed)
+            ordered = flow.contributions(pixels, carry=False)
+            chosen |= choose(kept["contributions"][:-1], ordered[:-1], seed)
             row["seconds of contributions"] = time.process_time() - start
-            row["masks"] = describe(pixels, kept["contributions"], chosen)
+            row["masks"] = describe(squeeze(pixels), kept["contributions"], chosen)
         rows.append(row)
         print(f"seed {seed}  {name:24s} {row['bits']:.4f} bits/dim  {seconds:.0f} s", flush=True)
     return rows, kept | {"flows": flows}
@@ -242,7 +252,7 @@ def main() -> None:
         rows += new
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
-            stem = f"factoring_{options.data}"
+            stem = f"factoring_{options.data}" + "_glow" * (options.architecture == "glow")
             (options.output / f"{stem}.json").write_text(json.dumps(rows, indent=1))
             if seed == 0 and "likelihood" in kept["flows"]:
                 draw(kept).savefig(options.output / f"{stem}.png", dpi=110)

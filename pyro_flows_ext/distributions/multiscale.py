@@ -74,11 +74,19 @@ class MultiScaleFlow(FlowDistribution):
         return transform[0] if isinstance(transform, ComposeFlow) else transform  # type: ignore[return-value]
 
     def factored(self, factor_out: str | Sequence[Tensor]) -> Self:
-        """A new flow of the same architecture, not trained, from which latents leave by `factor_out`."""
+        """A new flow of the same architecture, not trained, from which latents leave by `factor_out`.
+
+        Fixed permutations of the channels are those of this flow where sizes agree, as masks refer to what they
+        put in each place.
+        """
         some = next(self.parameters())
         flow = type(self)(self.event_shape, factor_out=factor_out, **self._recipe)  # type: ignore[arg-type]
         if self.standardization is not None:
             flow.standardize(self.standardization.loc, self.standardization.scale)
+        own = dict(self.named_buffers())
+        for name, buffer in flow.named_buffers():
+            if name.endswith(".permutation") and buffer.shape == own[name].shape:
+                buffer.copy_(own[name])
         return flow.to(device=some.device, dtype=some.dtype)
 
     @torch.no_grad()
@@ -91,12 +99,17 @@ class MultiScaleFlow(FlowDistribution):
                 image = image.flatten(-3)[..., self.multiscale.kept(i)]
 
     @torch.no_grad()
-    def contributions(self, data: Tensor, chunk_size: int = 250) -> list[Tensor]:
+    def contributions(
+        self, data: Tensor, chunk_size: int = 250, *, carry: bool = True
+    ) -> list[Tensor]:
         """By level, what each element of the first level's image has added to the log-det up to its end: `(C, H, W)` each.
 
-        In nats, of the map from data to latents, the mean over `data` `(N, C, H, W)`. Raises `ValueError` for a flow with
-        another `factor_out` than "none", in which the elements that left add nothing more, and `TypeError` for layers
-        without a log-det by element.
+        In nats, of the map from data to latents, the mean over `data` `(N, C, H, W)`. A 1x1 convolution adds its log
+        singular values, shared by the squared entries of the singular vectors, and moves the shares so far as it
+        moves the channels. With `carry=False` the i-th largest goes to channel i, and the shares so far stay in place.
+
+        Raises `ValueError` for a flow with another `factor_out` than "none", in which the elements that left add
+        nothing more, and `TypeError` for layers without a log-det by element.
         """
         levels = self.multiscale
         if any(bool(mask.any()) for mask in levels.masks):
@@ -109,15 +122,19 @@ class MultiScaleFlow(FlowDistribution):
             ladj = torch.zeros_like(image)
             origin = torch.arange(image[0].numel(), device=data.device)
             for i, level in enumerate(levels.levels):
-                image, ladj = pull_with_contributions(level, image, ladj)  # type: ignore[arg-type]
+                image, ladj = pull_with_contributions(level, image, ladj, carry=carry)  # type: ignore[arg-type]
                 totals[i][origin.flatten()] += ladj.flatten(-3).sum(0)
                 if i < len(levels.masks):
                     keep = levels.kept(i)
                     image, ladj, origin = image.flatten(-3)[..., keep], ladj.flatten(-3)[..., keep], origin.flatten()[keep]  # fmt: skip
         return [total.reshape(levels.event_shape) / len(data) for total in totals]
 
-    def likelihood_masks(self, data: Tensor, *, same_places: bool = False) -> list[Tensor]:
+    def likelihood_masks(
+        self, data: Tensor, *, same_places: bool = False, across_channels: bool = False
+    ) -> list[Tensor]:
         """Masks for `factored`: of the four elements of each channel in each block, the two with the smaller shares leave.
+
+        With `across_channels` it is half of all elements of a block, as in Glow, whose convolutions tell channels apart.
 
         The shares are those of `contributions`, means over `data` `(N, C, H, W)`: masks by image would not be invertible.
         With `same_places` they are means over the blocks too, so that the same places leave every block: a channel of the
@@ -126,7 +143,7 @@ class MultiScaleFlow(FlowDistribution):
         shares = self.contributions(data)[:-1]
         if same_places:
             shares = [mean_by_place(share, i) for i, share in enumerate(shares)]
-        return masks_by_share(shares)
+        return masks_by_share(shares, across_channels=across_channels)
 
     def _enter(self, data: Tensor) -> Tensor:
         """Data as the first level sees them."""

@@ -5,7 +5,15 @@ import torch
 
 from pyro_flows_ext.distributions import MultiScaleFlow
 from pyro_flows_ext.flows import Glow, NSFImage, RealNVPImage
-from pyro_flows_ext.transforms import Pixelwise, ResidualFlow, affine_coupling
+from pyro_flows_ext.transforms import (
+    ComposeFlow,
+    ElementwiseAffine,
+    Invertible1x1Conv,
+    Pixelwise,
+    ResidualFlow,
+    Squeeze,
+    affine_coupling,
+)
 
 MAKERS = {"realnvp": RealNVPImage, "glow": Glow, "nsf": NSFImage}
 SMALL = {"hidden_dims": (4,), "num_layers": 2}
@@ -48,6 +56,64 @@ def test_contributions_are_the_logarithms_of_the_slopes():
     passes = (torch.arange(4)[:, None] + torch.arange(4)) % 2 == 0
     assert (share[0, passes] == 0).all()
     assert (share[0, ~passes] != 0).all()
+
+
+def test_contributions_of_a_convolution_are_its_log_singular_values():
+    """In order, or shared by channel: either adds up to the log-det by autograd."""
+    flow = MultiScaleFlow((3, 4, 4), lambda s: Invertible1x1Conv(s[0]), 1, "none").double()
+    with torch.no_grad():
+        flow.multiscale.levels[0].transform.lu.copy_(0.5 * torch.randn(3, 3))
+    x = images(2, (3, 4, 4))
+    jacobian = torch.func.jacrev(lambda v: flow.transform.inverse_and_ladj(v)[0].flatten())(x[0])
+    jacobian = jacobian.reshape(48, 48)
+    matrix = jacobian[::16, ::16]  # of the channels, at the first pixel
+    (ordered,), (carried,) = flow.contributions(x, carry=False), flow.contributions(x)
+    expected = torch.linalg.svdvals(matrix).log()[:, None, None].expand(3, 4, 4)
+    torch.testing.assert_close(ordered, expected)
+    eigenvalues, vectors = torch.linalg.eigh(matrix @ matrix.mT)  # the diagonal of log(M Mᵀ) / 2
+    shared = (vectors * eigenvalues.log() / 2 @ vectors.mT).diagonal()
+    torch.testing.assert_close(carried, shared[:, None, None].expand(3, 4, 4))
+    for share in (ordered, carried):
+        torch.testing.assert_close(share.sum(), torch.linalg.slogdet(jacobian)[1])
+
+
+def test_contributions_move_with_permuted_channels():
+    """Behind a permutation, a latent has the share of the pixel that it is."""
+
+    def level(shape):
+        return ComposeFlow([Invertible1x1Conv(shape[0]), Pixelwise(ElementwiseAffine(shape[0]))])
+
+    flow = MultiScaleFlow((5, 2, 2), level, 1, "none").double()
+    with torch.no_grad():
+        flow.multiscale.levels[0][1].transform.log_scale.copy_(torch.arange(5))
+    x = images(1, (5, 2, 2))
+    jacobian = torch.func.jacrev(lambda v: flow.transform.inverse_and_ladj(v)[0].flatten())(x[0])
+    slopes = jacobian.reshape(20, 20).abs().amax(-1)  # one pixel a latent
+    assert not torch.equal(slopes.argsort(), torch.arange(19, -1, -1))
+    torch.testing.assert_close(flow.contributions(x)[0].flatten(), slopes.log())
+
+
+def test_across_channels_half_of_each_block_leaves():
+    flow = perturbed(Glow((1, 8, 8), factor_out="none", **SMALL).double())
+    x = images(shape=(1, 8, 8))
+    share = Squeeze()(flow.contributions(x)[0])
+    (mask,) = flow.likelihood_masks(x, across_channels=True)
+    leaves = Squeeze().forward_and_ladj(mask)[0]
+    assert (leaves.sum(0) == 8).all()
+    largest = torch.where(leaves, share, -torch.inf).amax(0)
+    assert (largest <= torch.where(leaves, torch.inf, share).amin(0)).all()
+    assert not torch.equal(mask, flow.likelihood_masks(x)[0])
+    assert torch.equal(flow.factored([mask]).multiscale.masks[0], mask)
+
+
+def test_factored_flows_keep_the_permutations_of_the_first_level():
+    flow = Glow((1, 8, 8), factor_out="none", num_layers=3, hidden_dims=(4,))
+    other = flow.factored("channel")
+    name = "levels.0.parts.{}.transform.permutation"
+    own, new = (dict(f.multiscale.named_buffers()) for f in (flow, other))
+    found = [name.format(i) for i in range(9) if name.format(i) in own]
+    assert len(found) == 3
+    assert all(torch.equal(own[n], new[n]) for n in found)
 
 
 def test_the_smaller_shares_leave():
