@@ -181,7 +181,7 @@ def room_page(room: str) -> str:
 def front_door_page() -> str:
     """The names of the package itself, each a link to its entry."""
     package = importlib.import_module(PACKAGE)
-    lines = _heading("The front door", "=")
+    lines = _heading("Top-level names", "=")
     lines += [
         "``import pyro_flows_ext as pf``, and these names are imported when they are first used.",
         "",
