@@ -1,4 +1,4 @@
-"""The command line: `pyro-flows fit`, `density`, `sample` and `demo`.
+"""The command line: `pyro-flows fit`, `density`, `sample`, `score` and `demo`.
 
 Exit codes: 0 done; 1 the work failed; 2 bad input; 3 results are written, but not every file; 130 interrupted; 143
 terminated. A failure is one line on stderr, and results of earlier runs stay as they were until a run has its own.
@@ -14,7 +14,7 @@ import pyro
 import torch
 
 from .arguments import parser
-from .density import density_command
+from .density import density_command, score_command
 from .failures import CommandError, complain, terminable, warnings_in_one_line
 from .fit import demo_command, fit_command
 from .output import Output, output_in
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
     "fit": fit_command,
     "density": density_command,
     "sample": sample_command,
+    "score": score_command,
     "demo": demo_command,
 }
 

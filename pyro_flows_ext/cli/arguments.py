@@ -22,7 +22,9 @@ examples:
   pyro-flows fit eight-schools --guide iaf --seed 0 --output results
   pyro-flows fit my_model.py:model --data my_data.csv --output results
   pyro-flows density my_data.csv --flow nsf --output density
+  pyro-flows density my_data.csv --columns price --context size,rooms --output density
   pyro-flows sample results --num-samples 1000
+  pyro-flows score density new_rows.csv
   pyro-flows --list
 
 exit codes:
@@ -34,8 +36,8 @@ targets:
   a built-in model (--list), or path/to/file.py:model for your own, called as model(**data). Naming a file runs it.
 
 data:
-  .json (an object of numbers and lists), .csv (a header, a vector for each column) or .npz; the names must be those
-  of the model's parameters. Whole numbers stay whole where the model runs with them. A column of strings becomes a
+  .json (an object of numbers and lists), .csv (a header, a vector for each column), .parquet or .npz; the names must
+  be those of the model's parameters (--columns takes some). Whole numbers stay whole where the model runs with them. A column of strings becomes a
   factor, 0, 1, ... in alphabetical order. Missing entries are NaN, which the model has to mask.
 
 files in the output directory, the first two before all others:
@@ -57,13 +59,15 @@ examples:
 
 DENSITY_NOTES = """\
 data:
-  a set by name (--list), .csv (a header, a column for each number of a row) or .npz (rows (N, D), or images (N, H, W)
-  or (N, C, H, W)). Eight tenths are trained on, one decides when to stop, one is for the test; the seed draws them.
+  a set by name (--list), .csv or .parquet (a column for each number of a row), or .npz (rows (N, D), or images
+  (N, H, W) or (N, C, H, W)). With --context the density is one of the other columns given these. Eight tenths are trained on, one decides when to stop, one is for the test; the seed draws them.
 
 files in the output directory, the first two before all others:
   density.pt     the density, for pyro-flows sample    samples.png  draws beside data; on the plane the density too
   density.json   settings and test log-likelihoods     loss.png     the loss, step by step, and on validation rows
+  calibration.png  ranks of test rows among draws, column by column: even where the density is right
   Of these, samples.png shows rows of your data; density.pt contains the mean and the scale of each column.
+  Ctrl-C and SIGTERM keep what there is so far, marked as unfinished in density.json.
 
 reading the table:
   test log-likelihoods are in nats a row, in the units of the data; higher is better. Some flows are known by a lower
@@ -102,12 +106,15 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The arguments; of `sample`, the name of the file and its directory apart."""
         found = super().parse_args(args, namespace)
-        if found.command == "sample":
+        if found.command in ("sample", "score"):
             home = found.directory if found.directory.suffix != ".pt" else found.directory.parent
-            file = home / "draws.npz" if found.output is None else found.output
-            if file.suffix != ".npz":
-                self.error(f"--output: expected a file that ends in .npz, got {str(file)!r}")
-            found.output, found.file = file.parent, file.name
+            default, suffixes = found.default_file, found.suffixes
+            file = home / default if found.output is None else found.output
+            if file.suffix not in suffixes:
+                self.error(
+                    f"--output: expected a file that ends in {' or '.join(suffixes)}, got {str(file)!r}"
+                )
+            found.output, found.file, found.suffix = file.parent, file.name, file.suffix
         return found
 
 
@@ -136,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     top.list_of(*LISTS)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_fit, _add_density, _add_sample, _add_demo):
+    for add in (_add_fit, _add_density, _add_sample, _add_score, _add_demo):
         add(commands)
     return top
 
@@ -163,15 +170,13 @@ def _add_fit(commands: Any) -> None:
     fit = _command(commands, "fit", about, FIT_NOTES)
     fit.add_argument("target", metavar="TARGET", help="a name or path/to/file.py:model")
     fit.option("--data", "data for the model", type=Path, metavar="FILE")
+    fit.option("--columns", "those of the data to take (default: all)", **_NAMES)
     _add_kind(fit, "--guide", GUIDES, "iaf")
     fit.option("--num-layers", "layers of the flow (default: by guide)", type=_at_least(1))
     fit.list_of("targets", "guides")
     _add_training(fit, "pyro-flows-output", steps=None, lr=0.02)
     _add_rounds(fit)
-    text = "write a checkpoint every few seconds, so that --resume can go on after a crash"
-    fit.add_argument("--checkpoint", action="store_true", help=text)
-    text = "go on from the checkpoint of an unfinished run with the same options, and write one"
-    fit.add_argument("--resume", action="store_true", help=text)
+    _add_checkpoint(fit)
     text = "write the log likelihood of every draw and row even where it is more than 10^7 numbers"
     fit.add_argument("--log-likelihood", action="store_true", help=text)
     fit.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -182,9 +187,14 @@ def _add_density(commands: Any) -> None:
         "Learn the density of rows of numbers and write it, its test log-likelihood and pictures."
     )
     density = _command(commands, "density", about, DENSITY_NOTES)
-    density.add_argument("target", metavar="TARGET", help="a name, or a .csv or .npz file")
+    density.add_argument(
+        "target", metavar="TARGET", help="a name, or a .csv, .parquet or .npz file"
+    )
     density.option("--key", "the array of an .npz that has several", metavar="NAME")
-    density.option("--columns", "the columns of a .csv to take (default: all)", metavar="A,B,...")
+    density.option("--columns", "the columns of a table to learn (default: all others)", **_NAMES)
+    density.option(
+        "--context", "the columns of a table that they depend on (default: none)", **_NAMES
+    )
     density.option("--rows", "to draw of a set that is drawn", 10_000, type=_at_least(20))
     _add_kind(density, "--flow", FLOWS, "nsf")
     text = "layers of the flow, or steps a level (default: by flow)"
@@ -197,6 +207,7 @@ def _add_density(commands: Any) -> None:
     text = "evaluations of the validation rows, fifty in all, without a gain to stop"
     density.option("--patience", text, 10, type=_at_least(1))
     density.option("--particles", "draws of a bound, for the test rows", 100, type=_at_least(1))
+    _add_checkpoint(density)
     density.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -206,11 +217,30 @@ def _add_sample(commands: Any) -> None:
     text = "the output directory of fit or density, or the guide.pt or density.pt in it"
     sample.add_argument("directory", type=Path, metavar="DIR", help=text)
     sample.option("--num-samples", "draws to make", 1000, type=_at_least(1))
-    sample.option("--output", "a .npz file (default: DIR/draws.npz)", type=Path, metavar="FILE")
+    text = "a .npz, .csv or .parquet file (default: DIR/draws.npz)"
+    sample.option("--output", text, type=Path, metavar="FILE")
+    sample.set_defaults(default_file="draws.npz", suffixes=(".npz", ".csv", ".parquet"))
+    text = "of a density with a context: a table of contexts, for each of which the draws are made"
+    sample.option("--context", text, metavar="FILE")
     text = "the model, needed when it is in a file: path/to/file.py:model"
     sample.option("--target", text, metavar="TARGET")
     text = "the data of the fit, needed when their file is no longer where it was"
     sample.option("--data", text, type=Path, metavar="FILE")
+    sample.option("--columns", "the columns that the fit took of the data (default: all)", **_NAMES)
+
+
+def _add_score(commands: Any) -> None:
+    about = "Score the rows of a file by a density that density wrote: log densities in nats."
+    score = _command(commands, "score", about)
+    text = "the output directory of density, or the density.pt in it"
+    score.add_argument("directory", type=Path, metavar="DIR", help=text)
+    text = "a .csv or .parquet with the columns of the density and its context, or an .npz"
+    score.add_argument("data", metavar="FILE", help=text)
+    score.option("--key", "the array of an .npz that has several", metavar="NAME")
+    score.option("--particles", "draws of a bound", 100, type=_at_least(1))
+    text = "a .csv or .parquet file (default: DIR/scores.csv)"
+    score.option("--output", text, type=Path, metavar="FILE")
+    score.set_defaults(default_file="scores.csv", suffixes=(".csv", ".parquet"))
 
 
 def _add_demo(commands: Any) -> None:
@@ -225,6 +255,13 @@ def _add_demo(commands: Any) -> None:
 
 def _add_kind(parser: _Parser, name: str, kinds: Mapping[str, Any], default: str) -> None:
     parser.option(name, ", ".join(kinds), default, choices=kinds, metavar="NAME")
+
+
+def _add_checkpoint(parser: _Parser) -> None:
+    text = "write a checkpoint every few seconds, so that --resume can go on after a crash"
+    parser.add_argument("--checkpoint", action="store_true", help=text)
+    text = "go on from the checkpoint of an unfinished run with the same options, and write one"
+    parser.add_argument("--resume", action="store_true", help=text)
 
 
 def _add_training(parser: _Parser, output: str, steps: int | None, lr: float) -> None:
@@ -258,6 +295,18 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"expected different names with commas between, got {text!r}"
+        )
+    return names
+
+
+_NAMES: dict[str, Any] = {"type": _names, "metavar": "A,B,..."}
 
 
 def _seed(text: str) -> int:

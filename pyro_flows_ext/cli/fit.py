@@ -22,19 +22,17 @@ from ..programs import check_finite_log_joint
 from ..results import GuideSpec, digest, guide_to_bytes
 from ..testing.targets import TARGETS, Data, Target
 from .failures import failing_with, located
-from .output import Output, json_bytes, png_bytes
+from .output import CHECKPOINT, Output, json_bytes, png_bytes
 from .targets import load_target
 
 # More rows scroll away; summary.csv has all of them.
 MAX_ROWS = 50
-# In the output directory; gone when a run is finished.
-CHECKPOINT = "checkpoint.pt"
 
 
 def fit_command(args: argparse.Namespace, output: Output) -> None:
     """Fits a guide to a model, and writes the guide, its verdict, draws, a summary and pictures."""
     with failing_with(2, ValueError, TypeError, OSError):
-        target, data = load_target(args.target, args.data)
+        target, data = load_target(args.target, args.data, args.columns)
         spec = GuideSpec(args.guide, args.num_layers)
         spec.build(target.model)  # to refuse impossible options before anything else happens
         check_finite_log_joint(target.model, kwargs=data)
@@ -61,7 +59,7 @@ def fit_command(args: argparse.Namespace, output: Output) -> None:
     if result.reason != "interrupted":
         (args.output / CHECKPOINT).unlink(missing_ok=True)
     if not args.quiet:
-        print_fit(target, result, exported.rows)
+        print_fit(target, args.guide, result, exported.rows)
         _print_levels(data)
         print(f"wrote {', '.join(output.written)} to {args.output}")
     if result.reason == "interrupted":
@@ -220,7 +218,9 @@ def _loss_png(result: FitResult) -> bytes:
 # --- the terminal ---
 
 
-def print_fit(target: Target, result: FitResult, summaries: Sequence[ParameterSummary]) -> None:
+def print_fit(
+    target: Target, guide: str, result: FitResult, summaries: Sequence[ParameterSummary]
+) -> None:
     """A table of the parameters, beside the reference where the target has one, the verdict, and what to try next."""
     reference = target.reference or {}
     columns = ["mean", "sd", "5 %", "50 %", "95 %", *(["reference"] if reference else [])]
@@ -234,7 +234,7 @@ def print_fit(target: Target, result: FitResult, summaries: Sequence[ParameterSu
         rows.append(cells)
     kind = _kind_of_draws(result)
     print_table(
-        f"{target.name}, {type(result.guide).__name__}, {'its own' if kind == 'guide' else kind} draws",
+        f"{target.name}, {guide}, {'its own' if kind == 'guide' else kind} draws",
         "parameter",
         columns,
         rows,

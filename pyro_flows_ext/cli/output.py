@@ -18,6 +18,9 @@ import numpy as np
 from ..files import remove_unfinished, write_atomically, write_together
 from .failures import failing_with, one_line
 
+# In the directory of fit and density; gone when a run is finished.
+CHECKPOINT = "checkpoint.pt"
+
 
 class Output:
     """Files of one run. `written`: their names; `failed`: why others could not be made."""

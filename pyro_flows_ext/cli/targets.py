@@ -9,7 +9,7 @@ import copy
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ from .failures import located
 
 
 def load_target(
-    spec: str, data: str | Path | Mapping[str, Tensor] | None = None
+    spec: str,
+    data: str | Path | Mapping[str, Tensor] | None = None,
+    columns: Sequence[str] | None = None,
 ) -> tuple[Target, Data]:
     """The target that `spec` names, built in or `path/to/file.py:model`, and its data, from the file `data` if given.
+
+    `columns`: those of the file to take; by default all.
 
     Whole numbers stay whole wherever the model runs with them, and become floats where it does not: see `meet_floats`.
     A file of Python is run, as by an import: name only files that you trust. Raises `ValueError` when there is no such
@@ -36,7 +40,9 @@ def load_target(
     target = _load_model(spec) if ".py:" in spec else _built_in(spec)
     where = "no data given" if data is None else "the data given"
     if isinstance(data, str | Path):
-        where, data = f"data {str(data)!r}", load_data(data)
+        where, data = f"data {str(data)!r}", load_data(data, columns)
+    elif columns is not None:
+        raise ValueError("columns: expected some with a file of data only; add --data")
     values = target.data() if data is None else data if isinstance(data, dict) else dict(data)
     _check_keys(target, values, where)
     return target, values if data is None else meet_floats(target.model, values)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ class Columns(dict[str, Tensor]):
         self.levels: dict[str, list[str]] = {}
 
 
-def load_data(path: str | Path) -> Columns:
+def load_data(path: str | Path, columns: Sequence[str] | None = None) -> Columns:
     """The tensors of a `.json` (an object of numbers and nested lists), `.csv` (a header, and columns of numbers or
-    strings) or `.npz` file, by key or column.
+    strings), `.parquet` or `.npz` file, by key or column; `columns` selects some, in their order.
 
     Whole numbers become int64 tensors, fractions tensors of the default dtype, truth values bool. A column of strings is
     a factor: its levels in alphabetical order become 0, 1, ... An empty entry, NA or NaN among numbers is NaN. Raises
@@ -45,14 +46,25 @@ def load_data(path: str | Path) -> Columns:
         raise ValueError(f"data {str(path)!r}: {error.strerror or error}") from error
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"data {str(path)!r}: {error}") from error
-    columns = Columns()
-    for key, value in arrays.items():
+    found = Columns()
+    for key, value in _selected(path, arrays, columns).items():
         where = f"data {str(path)!r}, {key}"
         array = _array(where, value)
         if array.dtype.kind in "UO":
-            columns.levels[key], array = _factor(where, array)
-        columns[key] = _tensor(where, array)
-    return columns
+            found.levels[key], array = _factor(where, array)
+        found[key] = _tensor(where, array)
+    return found
+
+
+def _selected(path: Path, arrays: dict[str, Any], columns: Sequence[str] | None) -> dict[str, Any]:
+    if columns is None:
+        return arrays
+    missing = [name for name in columns if name not in arrays]
+    if missing:
+        raise ValueError(
+            f"data {str(path)!r}: no column {', '.join(map(repr, missing))}: expected some of {', '.join(arrays)}"
+        )
+    return {name: arrays[name] for name in columns}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -77,6 +89,25 @@ def _read_csv(path: Path) -> dict[str, Any]:
     return {name: _numbers(name, column) for name, column in zip(header, columns, strict=True)}
 
 
+def _read_parquet(path: Path) -> dict[str, Any]:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path)
+    except ImportError as error:
+        raise ValueError(
+            "parquet files need pyarrow, which is not installed: pip install pyarrow"
+        ) from error
+    named = {str(name): frame[name] for name in frame.columns}
+    return {
+        name: column.to_numpy()
+        if column.dtype.kind in "biuf"
+        # Strings, and numbers with missing entries in pandas' own dtypes.
+        else _numbers(name, tuple("" if pd.isna(entry) else str(entry) for entry in column))
+        for name, column in named.items()
+    }
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
@@ -85,6 +116,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
+    ".parquet": _read_parquet,
     ".npz": _read_npz,
 }
 
@@ -150,3 +182,21 @@ def _tensor(where: str, array: np.ndarray) -> Tensor:
             raise ValueError(f"{where}: {array[beyond][0]} is beyond the range of {tensor.dtype}")
         return tensor
     return torch.tensor(array if array.dtype.kind == "b" else array.astype(np.int64))
+
+
+def table_bytes(suffix: str, columns: Mapping[str, Any]) -> bytes:
+    """Columns of equal lengths as a `.csv` or `.parquet` file; raises `ValueError` where pandas lacks what it needs."""
+    import pandas as pd
+
+    buffer = io.BytesIO()
+    frame = pd.DataFrame(columns)
+    if suffix == ".csv":
+        frame.to_csv(buffer, index=False)
+        return buffer.getvalue()
+    try:
+        frame.to_parquet(buffer, index=False)
+    except ImportError as error:
+        raise ValueError(
+            "parquet files need pyarrow, which is not installed: pip install pyarrow"
+        ) from error
+    return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,19 @@ from .scikit import scikit_learn_datasets
 
 # A standard error takes two rows of validation and of test data, which are a tenth each.
 MIN_ROWS = 20
+TABLES = (".csv", ".parquet")
 SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Data `(N, D)`, with a name for each column. `image_shape`: `(C, H, W)` of what a row is when it is an image.
+    """Data `(N, D)`, with a name for each column.
 
-    `num_levels`: L for whole numbers 0 ... L - 1 by nature, else None. `entropy`: of the distribution they come from,
-    in nats, where it is known.
+    Attributes:
+        image_shape: `(C, H, W)` of a row that is an image.
+        num_levels: L for whole numbers 0 ... L - 1 by nature, else None.
+        entropy: of the distribution that the rows come from, in nats, where it is known.
+        context: `(N, C)`, what each row depends on, with the names in `context_columns`; None for none.
     """
 
     name: str
@@ -35,14 +39,31 @@ class Rows:
     image_shape: tuple[int, int, int] | None = None
     num_levels: int | None = None
     entropy: float | None = None
+    context: Tensor | None = None
+    context_columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `(N, D)`, and their contexts `(N, C)` or None."""
+
+    values: Tensor
+    context: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def reshape(self, event_shape: Sequence[int]) -> Part:
+        """The rows as events of a shape."""
+        return Part(self.values.reshape(len(self), *event_shape), self.context)
 
 
 class Split(NamedTuple):
-    """The rows to train on, to stop by, and to test with: `(N, D)` each."""
+    """The rows to train on, to stop by, and to test with."""
 
-    train: Tensor
-    validation: Tensor
-    test: Tensor
+    train: Part
+    validation: Part
+    test: Part
 
 
 @dataclass(frozen=True)
@@ -59,68 +80,95 @@ def load_rows(
     num_rows: int = 10_000,
     seed: int = 0,
     key: str | None = None,
-    columns: str | None = None,
+    columns: Sequence[str] | None = None,
+    context: Sequence[str] | None = None,
+    min_rows: int = MIN_ROWS,
 ) -> Rows:
-    """The rows that `spec` names: a set in `DATASETS`, or a .csv or .npz file.
+    """The rows that `spec` names: a set in `DATASETS`, or a .csv, .parquet or .npz file.
 
-    `key`: the array of an .npz with several, of shape `(N)`, `(N, D)`, or `(N, H, W)` and `(N, C, H, W)` for images;
-    `columns`: those of a .csv to take, with commas between. Raises `ValueError` for what is not there, for what are no
-    numbers, and for too few rows.
+    Args:
+        spec: the name or file.
+        num_rows, seed: of sets that are drawn.
+        key: the array of an .npz with several, of shape `(N)`, `(N, D)`, or `(N, H, W)` and `(N, C, H, W)` for images.
+        columns: those of a table to take; by default all that are not in `context`.
+        context: columns of a table that the others depend on.
+        min_rows: the fewest rows.
+
+    Raises:
+        ValueError: for names that are not there, entries that are no finite numbers, and too few rows.
     """
     name = spec.replace("_", "-")
     if name in DATASETS:
-        if key is not None or columns is not None:
-            raise ValueError(f"{spec}: expected key and columns with a file only")
+        if key is not None or columns is not None or context is not None:
+            raise ValueError(f"{spec}: expected key, columns and context with a file only")
         rows = DATASETS[name].load(num_rows, seed)
-    elif spec.lower().endswith(".csv") and key is None:
-        rows = _from_csv(spec, columns)
-    elif spec.lower().endswith(".npz") and columns is None:
+    elif spec.lower().endswith(TABLES) and key is None:
+        rows = _from_table(spec, columns, context)
+    elif spec.lower().endswith(".npz") and columns is None and context is None:
         rows = _from_npz(spec, key)
-    elif spec.lower().endswith((".csv", ".npz")):
-        raise ValueError(f"{spec}: expected columns with a .csv and key with an .npz")
+    elif spec.lower().endswith((*TABLES, ".npz")):
+        raise ValueError(
+            f"{spec}: expected columns and context with a .csv or .parquet, and key with an .npz"
+        )
     else:
         raise ValueError(
-            f"no data {spec!r}: expected one of {', '.join(DATASETS)}, or a file that ends in .csv or .npz"
+            f"no data {spec!r}: expected one of {', '.join(DATASETS)}, or a file that ends in .csv, .parquet or .npz"
         )
-    if len(rows.values) < MIN_ROWS:
+    if len(rows.values) < min_rows:
         raise ValueError(
-            f"{spec}: expected at least {MIN_ROWS} rows to train, stop and test, got {len(rows.values)}"
+            f"{spec}: expected at least {min_rows} rows to train, stop and test, got {len(rows.values)}"
         )
     return rows
 
 
-def split_rows(values: Tensor, seed: int) -> Split:
+def split_rows(rows: Rows, seed: int) -> Split:
     """A tenth to stop by and a tenth to test with, drawn with this seed."""
     generator = torch.Generator().manual_seed(seed)
-    shuffled = values[torch.randperm(len(values), generator=generator)]
-    size = round(SHARE * len(values))
-    return Split(shuffled[2 * size :], shuffled[:size], shuffled[size : 2 * size])
+    order = torch.randperm(len(rows.values), generator=generator)
+    size = round(SHARE * len(order))
+    return Split(
+        *(
+            Part(rows.values[chosen], None if rows.context is None else rows.context[chosen])
+            for chosen in (order[2 * size :], order[:size], order[size : 2 * size])
+        )
+    )
 
 
 # --- files ---
 
 
-def _from_csv(path: str, columns: str | None) -> Rows:
+def _from_table(path: str, columns: Sequence[str] | None, context: Sequence[str] | None) -> Rows:
     arrays = load_data(path)
     if all(map(_is_number, arrays)):
         raise ValueError(
             f"data {path!r}: expected the names of the columns in the first row, got numbers"
         )
-    names = list(arrays) if columns is None else [c.strip() for c in columns.split(",")]
-    missing = [name for name in names if name not in arrays]
+    given = list(context or ())
+    names = [name for name in arrays if name not in given] if columns is None else list(columns)
+    if both := [name for name in names if name in given]:
+        raise ValueError(f"data {path!r}: {', '.join(both)}: expected columns or context, not both")
+    missing = [name for name in (*names, *given) if name not in arrays]
     if missing:
         raise ValueError(
             f"data {path!r}: no column {', '.join(map(repr, missing))}: expected some of {', '.join(arrays)}"
         )
-    strings = [name for name in names if name in arrays.levels]
+    if not names:
+        raise ValueError(f"data {path!r}: expected a column beside the context, got none")
+    strings = [name for name in (*names, *given) if name in arrays.levels]
     if strings:
         numbers = ",".join(name for name in names if name not in strings) or "..."
         raise ValueError(
             f"data {path!r}: expected columns of numbers, got strings in {', '.join(strings)}: take the columns {numbers}"
         )
-    values = torch.stack([arrays[name].to(torch.get_default_dtype()) for name in names], -1)
-    _check_finite(path, {name: arrays[name] for name in names})
-    return Rows(Path(path).stem, values, tuple(names))
+    _check_finite(path, {name: arrays[name] for name in (*names, *given)})
+
+    def stacked(chosen: Sequence[str]) -> Tensor:
+        return torch.stack([arrays[name].to(torch.get_default_dtype()) for name in chosen], -1)
+
+    at = stacked(given) if given else None
+    return Rows(
+        Path(path).stem, stacked(names), tuple(names), context=at, context_columns=tuple(given)
+    )
 
 
 def _from_npz(path: str, key: str | None) -> Rows:

@@ -27,26 +27,35 @@ def samples(
     data: Tensor,
     columns: Sequence[str],
     *,
+    context: Tensor | None = None,
     image_shape: tuple[int, int, int] | None = None,
     verdict: str | None = None,
     trusted: bool = True,
 ) -> Figure:
     """Draws of a density beside data: images, points on the plane and the density, or pairs of columns.
 
+    With a context, one draw at the context of each row.
+
     Args:
         density: of rows `(D)`, or of images.
         data: rows `(N, D)`; the first 2000 are drawn.
         columns: a name for each column.
+        context: `(N, C)`, for a density with `context_dim`.
         image_shape: `(C, H, W)` of a row that is an image.
         verdict: a line for the top of the picture, see `plots.write_verdict`.
         trusted: whether the verdict is a good one.
     """
     data = data[:NUM_DRAWS].cpu()
     with torch.no_grad():
-        draws = density.sample((NUM_DRAWS,)).flatten(1).cpu()
+        if context is None:
+            draws = density.sample((NUM_DRAWS,))
+        else:
+            at: Any = density
+            draws = at.condition(context[:NUM_DRAWS]).sample()
+        draws = draws.flatten(1).cpu()
     if image_shape is not None:
         figure = _images(image_shape, data, draws)
-    elif data.shape[1] == 2:
+    elif data.shape[1] == 2 and context is None:
         figure = _plane(columns, data, draws, density)
     else:
         of_draws, of_data = (

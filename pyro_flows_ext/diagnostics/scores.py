@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +52,53 @@ def standard_error(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def score(density: Density, rows: Tensor, num_particles: int) -> Score:
-    """log p of rows `(N, *event_shape)`, or its importance-weighted bound of so many draws, where it is not known."""
+def score(
+    density: Density, rows: Tensor, num_particles: int, context: Tensor | None = None
+) -> Score:
+    """log p of rows `(N, *event_shape)`, or its importance-weighted bound of so many draws, where it is not known.
+
+    `context`: `(N, C)`, of a density with `context_dim`.
+    """
     density.eval()
     is_estimate = any(map(_estimates, density.modules()))
-    if density.exact_log_prob:
-        values = [density.log_prob(part) for part in rows.split(CHUNK)]
-        return Score(torch.cat(values).double(), "estimate" if is_estimate else "exact")
-    if is_estimate:  # of log p: only the bound of one draw is linear in it
-        num_particles = 1
-    bound: Any = density
-    parts = rows.split(max(1, CHUNK // num_particles))
-    values = [bound.log_prob_bound(part, num_particles) for part in parts]
-    return Score(torch.cat(values).double(), "bound", num_particles)
+    if is_estimate and not density.exact_log_prob:
+        num_particles = 1  # an estimate of log p: only the bound of one draw is linear in it
+    size = CHUNK if density.exact_log_prob else max(1, CHUNK // num_particles)
+    values = []
+    for start in range(0, len(rows), size):
+        at: Any = density
+        if context is not None:
+            at = at.condition(context[start : start + size])
+        part = rows[start : start + size]
+        exact = density.exact_log_prob
+        values.append(at.log_prob(part) if exact else at.log_prob_bound(part, num_particles))
+    found = torch.cat(values).double()
+    if not density.exact_log_prob:
+        return Score(found, "bound", num_particles)
+    return Score(found, "estimate" if is_estimate else "exact")
+
+
+def gaussian_score(
+    rows: Sequence[Tensor],
+    contexts: Sequence[Tensor] | None = None,
+    *,
+    num_levels: int | None = None,
+    num_particles: int = 100,
+) -> Score:
+    """log p of test rows by the Gaussian of `gaussian`, or by the conditional one where there are contexts.
+
+    Args:
+        rows: those to train on, to validate with and to test.
+        contexts: of the same three parts.
+        num_levels: as in `gaussian`.
+        num_particles: draws of a bound.
+    """
+    train, validation, test = (part.flatten(1) for part in rows)
+    if contexts is None:
+        return score(gaussian(train, validation, num_levels), test, num_particles)
+    with_contexts = [torch.cat([p.flatten(1), c], -1) for p, c in zip(rows, contexts, strict=True)]
+    joint, marginal = (gaussian_score(parts).values for parts in (with_contexts, contexts))
+    return Score(joint - marginal, "exact")
 
 
 def gaussian(train: Tensor, validation: Tensor, num_levels: int | None = None) -> Density:

@@ -59,6 +59,12 @@ class Flow:
         return self.function(event_shape, **{**self.options, **given})
 
     @property
+    def takes_context(self) -> bool:
+        """Whether the density can depend on a context."""
+        parameters = inspect.signature(self.function).parameters
+        return "context_dim" in parameters and self.function is not CIF
+
+    @property
     def num_layers(self) -> int | None:
         """The number of layers by default; None for one linear layer."""
         defaults = inspect.signature(self.function).parameters

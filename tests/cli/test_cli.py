@@ -316,7 +316,7 @@ BAD_INPUT = {
     "no data": (["fit", "eight-schools", "--data", "gone.csv"], "No such file"),
     "not a directory": (["fit", "u1", "--output", "keys.json"], "Not a directory: 'keys.json'"),
     "below a file": (["fit", "u1", "--output", "keys.json/x"], "Not a directory: 'keys.json/x'"),
-    "not an npz": (["sample", ".", "--output", "draws.csv"], "ends in .npz, got 'draws.csv'"),
+    "not an npz": (["sample", ".", "--output", "a.txt"], "ends in .npz or .csv or .parquet, got"),
 }
 
 
@@ -401,7 +401,7 @@ def test_a_fit_stopped_before_its_first_step_leaves_nothing(model_file: Path, ru
 def test_resume_goes_on_from_the_checkpoint(
     model_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyro_flows_ext.infer.training.run.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("pyro_flows_ext.infer.training.checkpoint.SAVE_SECONDS", 0.0)
     out = model_file.with_name("results")
     options = [*QUICK, "--steps", 200, "--checkpoint", "--output", out]
     assert run(*fit_mine(model_file, "interrupted", *options)).code == 130
@@ -413,6 +413,24 @@ def test_resume_goes_on_from_the_checkpoint(
     report = json.loads((out / "fit.json").read_text())
     assert (report["status"], report["steps"]) == ("finished", 200)
     assert not (out / "checkpoint.pt").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_columns_select_the_data(model_file: Path, run: Run) -> None:
+    """The model has no parameter for the other column."""
+    table = model_file.with_name("table.csv")
+    table.write_text("y,other\n" + "1.5,2\n2.5,3\n0.5,4\n")
+    out = model_file.with_name("results")
+    options = [*QUICK, "--steps", 5, "--output", out]
+    target = f"{model_file}:model"
+    run("fit", target, "--data", table, *options).failed(2, "unexpected other")
+    assert run("fit", target, "--data", table, "--columns", "y", *options).code == 0
+    run("fit", target, "--data", table, "--columns", "z", *options).failed(2, "no column 'z'")
+    run("fit", "eight-schools", "--columns", "y", *options).failed(2, "add --data")
+    draws = out / "draws.csv"
+    done = run("sample", out, "--target", target, "--columns", "y", "--output", draws)
+    assert done.code == 0
+    assert len(draws.read_text().splitlines()) == 1001
 
 
 # --- a verdict ---

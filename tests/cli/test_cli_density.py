@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ import pyro_flows_ext.cli.density as density_cli
 from pyro_flows_ext.datasets import DATASETS, load_rows, split_rows
 from pyro_flows_ext.distributions import TOYS
 from pyro_flows_ext.flows import FLOWS
+from pyro_flows_ext.infer import fit_density
 from pyro_flows_ext.results import load
 
 Run = Callable[..., Any]
@@ -74,7 +76,7 @@ def test_density_writes_files_that_open(tmp_path: Path, run: Run) -> None:
     ] == [2]
 
     # The numbers are those of the density in the file, on rows that it was not trained on.
-    test = split_rows(load_rows("moons", num_rows=100, seed=0).values, seed=0).test
+    test = split_rows(load_rows("moons", num_rows=100, seed=0), seed=0).test.values
     saved = load(out / "density.pt")
     with torch.no_grad():
         values = saved.density.log_prob(test).double()
@@ -194,6 +196,175 @@ def test_sample(tmp_path: Path, run: Run) -> None:
     run("sample", tmp_path).failed(2, "holds a guide and a density")
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_draws_in_a_table_have_the_names_of_the_columns(tmp_path: Path, run: Run) -> None:
+    path = write_csv(tmp_path / "data.csv", rows_of(40))
+    run("density", path, *TINY, "--quiet", "--output", tmp_path)
+    done = run("sample", tmp_path, "--num-samples", 30, "--output", tmp_path / "draws.csv")
+    assert (done.code, done.err) == (0, "")
+    draws = pd.read_csv(tmp_path / "draws.csv")
+    assert (list(draws), len(draws)) == (["height", "weight"], 30)
+    run("sample", tmp_path, "--num-samples", 30)
+    found = np.load(tmp_path / "draws.npz")
+    assert found["columns"].tolist() == ["height", "weight"]
+    np.testing.assert_allclose(found["x"], draws.to_numpy(), rtol=1e-5)
+
+
+# --- a density given other columns ---
+
+
+def write_regression(path: Path, num: int = 600) -> pd.DataFrame:
+    """price = 2 size + rooms + noise of sd 0.5, in large units."""
+    size, rooms = torch.randn(2, num)
+    price = 2 * size + rooms + 0.5 * torch.randn(num)
+    frame = pd.DataFrame({"size": 100 + 20 * size, "price": 1e5 * (3 + price), "rooms": rooms})
+    frame.to_csv(path, index=False)
+    return frame
+
+
+def test_a_density_given_other_columns(tmp_path: Path, run: Run) -> None:
+    frame = write_regression(tmp_path / "houses.csv")
+    out = tmp_path / "out"
+    options = ["--steps", 300, "--num-layers", 1, "--lr", 0.01, "--output", out]
+    done = run(
+        "density",
+        tmp_path / "houses.csv",
+        "--columns",
+        "price",
+        "--context",
+        "size,rooms",
+        *options,
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "test rows of 1 given size, rooms" in done.out
+    names = ["calibration.png", "density.json", "density.pt", "loss.png", "samples.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    report = json.loads((out / "density.json").read_text())
+    assert (report["columns"], report["context"]) == (["price"], ["size", "rooms"])
+    entropy = math.log(0.5e5) + 0.5 * math.log(2 * math.pi * math.e)
+    # The conditional Gaussian is the truth.
+    assert report["gaussian_log_likelihood"]["mean"] == pytest.approx(-entropy, abs=0.25)
+    assert report["test_log_likelihood"]["mean"] == pytest.approx(-entropy, abs=0.35)
+
+    # Scores are those of the density, columns by name in any order.
+    frame[["rooms", "price", "size"]].head(7).to_csv(tmp_path / "new.csv", index=False)
+    done = run("score", out, tmp_path / "new.csv")
+    assert (done.code, done.err) == (0, "")
+    saved = load(out)
+    rows = torch.tensor(frame.head(7)[["price"]].to_numpy()).float()
+    at = torch.tensor(frame.head(7)[["size", "rooms"]].to_numpy()).float()
+    with torch.no_grad():
+        expected = saved.density.condition(at).log_prob(rows)
+    scores = pd.read_csv(out / "scores.csv")
+    np.testing.assert_allclose(scores["log_density"], expected, rtol=1e-4)
+    assert f"{expected.mean():.3f}" in done.out
+
+    # Draws at the contexts of a file.
+    pd.DataFrame({"rooms": [0.0, 2.0], "size": [100.0, 100.0]}).to_csv(
+        tmp_path / "at.csv", index=False
+    )
+    table = out / "draws.csv"
+    done = run(
+        "sample", out, "--context", tmp_path / "at.csv", "--num-samples", 500, "--output", table
+    )
+    assert (done.code, done.err) == (0, "")
+    draws = pd.read_csv(table)
+    assert list(draws) == ["size", "rooms", "price"]
+    means = draws.groupby("rooms")["price"].mean()
+    assert means[0.0] == pytest.approx(3e5, abs=0.3e5)
+    assert means[2.0] == pytest.approx(5e5, abs=0.4e5)
+    run("sample", out).failed(2, "--context: expected a file with the columns size, rooms")
+
+
+BAD_CONTEXTS = {
+    "both": (["--columns", "price,size", "--context", "size"], "size: expected columns or context, not both"),
+    "missing": (["--context", "age"], "no column 'age': expected some of size, price, rooms"),
+    "nothing left": (["--context", "size,price,rooms"], "expected a column beside the context"),
+    "a flow without": (["--context", "size", "--flow", "cif-maf"], "--context: expected a flow that takes one"),
+    "twice": (["--context", "size,size"], "expected different names with commas between"),
+    "whole": (["--context", "size", "--dequantize", "uniform"], "--dequantize: expected no --context"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD_CONTEXTS))
+def test_bad_contexts(name: str, tmp_path: Path, run: Run) -> None:
+    write_regression(tmp_path / "houses.csv", 40)
+    argv, message = BAD_CONTEXTS[name]
+    run("density", tmp_path / "houses.csv", *argv, "--output", tmp_path / "out").failed(2, message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_scores_of_images_and_refusals(tmp_path: Path, run: Run) -> None:
+    np.savez(tmp_path / "images.npz", x=np.random.default_rng(0).normal(size=(40, 4, 4)))
+    run(
+        "density", tmp_path / "images.npz", "--flow", "glow", *TINY, "--quiet", "--output", tmp_path
+    )
+    done = run("score", tmp_path, tmp_path / "images.npz", "--output", tmp_path / "s.csv")
+    assert (done.code, done.err) == (0, "")
+    assert len(pd.read_csv(tmp_path / "s.csv")) == 40
+    write_csv(tmp_path / "data.csv", rows_of(40))
+    run("score", tmp_path, tmp_path / "data.csv").failed(2, "no column 'x")
+    run("score", tmp_path, tmp_path / "s.csv", "--output", "s.npz").failed(
+        2, "ends in .csv or .parquet"
+    )
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_parquet_in_and_out(tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("pyarrow")
+    frame = write_regression(tmp_path / "houses.csv", 60)
+    frame.to_parquet(tmp_path / "houses.parquet")
+    results = []
+    for suffix in ("csv", "parquet"):
+        out = tmp_path / suffix
+        done = run("density", tmp_path / f"houses.{suffix}", *TINY, "--quiet", "--output", out)
+        assert (done.code, done.err) == (0, "")
+        run("score", out, tmp_path / f"houses.{suffix}", "--output", out / "scores.parquet")
+        results.append(pd.read_parquet(out / "scores.parquet")["log_density"])
+    np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+# --- interruption ---
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_ctrl_c_keeps_what_there_is_and_resume_goes_on(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyro_flows_ext.infer.training.checkpoint.SAVE_SECONDS", 0.0)
+    path = write_csv(tmp_path / "data.csv", rows_of(100))
+    options = ["--steps", 40, "--num-layers", 1]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        def callback(state: Any) -> None:
+            if state.step == 10:
+                raise KeyboardInterrupt
+
+        return fit_density(*args, **kwargs, callback=callback)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(density_cli, "fit_density", interrupted)
+        done = run("density", path, *options, "--checkpoint", "--output", out)
+    assert done.code == 130
+    assert "interrupted; wrote density.pt, density.json" in done.err
+    report = json.loads((out / "density.json").read_text())
+    assert (report["status"], report["steps"]) == ("unfinished", 10)
+    assert load(out).density.log_prob(torch.zeros(1, 2)).isfinite().all()
+    assert run("density", path, *options, "--resume", "--output", out).code == 0
+    report = json.loads((out / "density.json").read_text())
+    assert report["status"] == "finished"
+    assert not (out / "checkpoint.pt").exists()
+    run("density", path, *options, "--quiet", "--output", tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole" / "density.json").read_text())
+    assert whole["steps"] == report["steps"] > 10
+    assert whole["test_log_likelihood"] == report["test_log_likelihood"]
+
+
+# --- files that are none ---
+
+
 MADE = {"name": "NSF", "arguments": {"event_shape": 2, "num_layers": 1}}
 FINE = {
     "format": "pyro_flows_ext density",
@@ -244,8 +415,8 @@ BAD_INPUT = {
     "constant": (["constant.csv"], "1 of 2 columns are constant .*: weight; leave them out"),
     "no key": (["two.npz"], "expected a key, one of a, b"),
     "wrong key": (["two.npz", "--key", "c"], "no 'c': expected a key, one of a, b"),
-    "key of a csv": (["data.csv", "--key", "a"], "columns with a .csv and key with an .npz"),
-    "key of a set": (["moons", "--key", "a"], "key and columns with a file only"),
+    "key of a csv": (["data.csv", "--key", "a"], "columns and context with a .csv or .parquet, and key with an .npz"),
+    "key of a set": (["moons", "--key", "a"], "expected key, columns and context with a file only"),
     "a number": (["scalar.npz"], r"expected rows \(N, D\) or images .*, got \(\)"),
     "images by rows": (["moons", "--flow", "glow"], "--flow glow: expected images .C, H, W., got rows of 2 numbers"),
     "one layer": (["moons", "--flow", "nested-qr", "--num-layers", 2], "for flow='qr', which is one linear layer, got 2"),

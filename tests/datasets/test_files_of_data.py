@@ -73,7 +73,7 @@ BAD_FILES = {
     "empty.json": ('{"y": []}', "y: expected at least one value"),
     "cut.json": ('{"y": [1', "cut.json': Expecting"),
     "not.npz": ("no archive", "not.npz': "),
-    "d.txt": ("1", "expected a file that ends in .json, .csv, .npz"),
+    "d.txt": ("1", "expected a file that ends in .json, .csv, .parquet, .npz"),
 }
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_flows_ext.datasets import DATASETS, load_rows, split_rows
+from pyro_flows_ext.datasets import DATASETS, Rows, load_rows, split_rows
 from pyro_flows_ext.distributions import TOYS
 
 NEEDS_SKLEARN = {"swiss-roll", "iris", "wine", "diabetes", "breast-cancer", "digits"}
@@ -30,8 +30,11 @@ def test_sets_by_name(name: str) -> None:
 
 def test_the_split_is_one() -> None:
     values = torch.arange(205.0)[:, None]
-    split = split_rows(values, seed=3)
+    rows = Rows("mine", values, ("x",), context=-values, context_columns=("c",))
+    split = split_rows(rows, seed=3)
     assert list(map(len, split)) == [165, 20, 20]
-    assert sorted(torch.cat(split).flatten().tolist()) == values.flatten().tolist()
-    assert torch.equal(split.test, split_rows(values, seed=3).test)
-    assert not torch.equal(split.test, split_rows(values, seed=4).test)
+    together = torch.cat([part.values for part in split])
+    assert sorted(together.flatten().tolist()) == values.flatten().tolist()
+    assert all(torch.equal(part.context, -part.values) for part in split)
+    assert torch.equal(split.test.values, split_rows(rows, seed=3).test.values)
+    assert not torch.equal(split.test.values, split_rows(rows, seed=4).test.values)
