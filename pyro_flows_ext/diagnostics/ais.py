@@ -1,4 +1,4 @@
-"""Annealed importance sampling: the evidence, from a density that is known to one that is not."""
+"""Annealed importance sampling: the evidence, by chains from a normalised density to the posterior."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .local_density import LocalDensity
 # u -> log-densities of start and target there, both unnormalised or not.
 Ends = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-# The acceptance that makes the most of a gradient in high dimension (Beskos et al. 2013: .651).
+# The optimal acceptance in high dimension (Beskos et al. 2013: .651).
 TARGET_ACCEPTANCE = 0.65
-# Chains that find the step sizes and do not count; draws that say how wide the start is.
+# Pilot chains, which set the step sizes and do not count; draws that estimate the scale of the start.
 PILOTS, SCALE_DRAWS = 4, 64
 # Moves before annealing, and how fast log ε follows the acceptance: by .2 a step at most, with a noise of .05.
 WARM_UP, RATE = 30, 0.3
-# A trajectory's step is ε times a number from this range, so that none comes back to where it began.
+# A trajectory's step is ε times a number from this range, against periodic trajectories.
 JITTER = (0.8, 1.2)
 # Half the range of the sigmoid of inverse temperatures.
 SIGMOID_RANGE = 4.0
@@ -44,12 +44,15 @@ class Start(Protocol):
 class AISResult:
     """Chains of annealed importance sampling, for every datum of a batch `data`, `()` for a single density.
 
-    `log_evidence` ± `log_evidence_se` `(*data)`: log of the mean weight, in nats, with the standard error of a
-    logarithm to first order, which means little where `ess` `(*data)` is small. Lower bound in expectation: the mean
-    weight is unbiased, and its logarithm falls short by about se² / 2. `log_weights` `(C, *data)`, float64. `samples`
-    `(C, *data, D)`: the ends of the chains, near the target the more, the more steps there were. `acceptance`
-    `(*data)`: the mean over chains and steps. `step_size` `(*data)`: the last one, in units of the start's standard
-    deviations.
+    Attributes:
+        log_evidence: `(*data)`, log of the mean weight, in nats. Lower bound in expectation: the mean weight is
+            unbiased, and its logarithm falls short by about se² / 2.
+        log_evidence_se: `(*data)`, its standard error, to first order; unreliable if `ess` is small.
+        ess: effective sample size of the chains' weights, `(*data)`.
+        acceptance: mean over chains and steps, `(*data)`.
+        step_size: the last one, in units of the start's standard deviations, `(*data)`.
+        log_weights: `(C, *data)`, float64.
+        samples: `(C, *data, D)`, the ends of the chains; closer to the target with more steps.
     """
 
     log_evidence: Tensor
@@ -80,20 +83,27 @@ def annealed_importance_sampling(
     num_steps: int = 500,
     num_leapfrog: int = 10,
 ) -> AISResult:
-    """log ∫ f(u) du by chains from `start` q to f through q^(1 - β) f^β: a lower bound in expectation, nats.
+    """Lower bound in expectation: log ∫ f(u) du, in nats, by chains from `start` q to f through q^(1 - β) f^β.
 
-    `log_density`: u `(C, *data, D)` -> log f(u) `(C, *data)`, differentiable, such as `programs.LogJoint`;
-    `start` gives draws of that shape. A batch of `data` is as many integrals at once, each with steps of its own. f is
-    zero where its logarithm is NaN.
+    Each inverse temperature β (of a sigmoid, dense at both ends) takes a Hamiltonian Monte Carlo move. Step sizes
+    follow the acceptance, towards .65, of four pilot chains that do not count: chains that adapt to their own past
+    would not leave the tempered density invariant, and the weights would be biased.
+    Cost: `num_steps` (`num_leapfrog` + 1) gradients for `num_chains` + 4 chains.
 
-    Each of `num_steps` inverse temperatures (a sigmoid's, dense at both ends) takes a Hamiltonian Monte Carlo move of
-    `num_leapfrog` steps, in units of the start's standard deviations. Step sizes follow the acceptance, towards .65, of
-    pilot chains that run alongside and do not count: a chain that fed its own past into its kernel would not leave the
-    tempered density invariant, and the weights would be biased. Cost: `num_steps` (`num_leapfrog` + 1) gradients for
-    `num_chains` + 4 chains. Raises `ValueError` where shapes do not fit.
+    Args:
+        log_density: u `(C, *data, D)` -> log f(u) `(C, *data)`, differentiable, such as `programs.LogJoint`. A batch
+            `data` is as many integrals at once, each with its own step sizes. f is zero where its logarithm is NaN.
+        start: q, with draws of shape `(*data, D)`.
+        num_chains: C.
+        num_steps: number of inverse temperatures.
+        num_leapfrog: steps of a move, in units of the start's standard deviations.
 
-    Source: Neal 2001, Annealed importance sampling; schedule and target acceptance as in Wu, Burda, Salakhutdinov &
-    Grosse 2017, On the quantitative analysis of decoder-based generative models.
+    Raises:
+        ValueError: if shapes do not fit.
+
+    References:
+        Neal 2001, Annealed importance sampling; schedule and target acceptance: Wu, Burda, Salakhutdinov & Grosse 2017,
+        On the quantitative analysis of decoder-based generative models.
     """
 
     def ends(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,15 +128,23 @@ def log_evidence_ais(
     num_leapfrog: int = 10,
     **kwargs: Any,
 ) -> AISResult:
-    """log p(x) of a Pyro model by annealing the likelihood: from the prior to the posterior, by default.
+    """log p(x) of a Pyro model by annealing the likelihood, from the prior to the posterior by default.
 
-    `guide`: where to start in place of the prior, an AutoContinuous guide (flow guides among them) or one written by
-    hand without auxiliary sites. A start closer to the posterior needs fewer steps; one that misses a mode misses its
-    mass. `plate`: the data plate that all latents are local to, for an estimate by datum, `(N)`. `samples` are in
-    unconstrained space, latents in the order of the model. See `annealed_importance_sampling`.
+    See `annealed_importance_sampling`. `samples` of the result are unconstrained, with latents in the order of the
+    model.
 
-    Raises `ValueError` for a discrete latent, under a subsampled plate other than `plate`, and for a model that does
-    not vectorise; `TypeError` for a guide whose density at given values is not known.
+    Args:
+        model: a Pyro model that can run many particles at once.
+        args, kwargs: its arguments.
+        guide: a start in place of the prior: an AutoContinuous guide, flow guides among them, or a guide written by
+            hand without auxiliary sites. A start closer to the posterior needs fewer steps; the mass of a mode that it
+            misses is missed.
+        plate: the data plate that all latents are local to, for an estimate by datum, `(N)`.
+        num_chains, num_steps, num_leapfrog: as in `annealed_importance_sampling`.
+
+    Raises:
+        ValueError: for a discrete latent, a subsampled plate other than `plate`, and a model that does not vectorise.
+        TypeError: for a guide whose density cannot be evaluated at given values.
     """
     plates = () if plate is None else (plate,)
     density = LocalDensity(model, args, kwargs, plates=plates)
@@ -258,7 +276,7 @@ class _Chains:
         energy = momentum.square().sum(-1) / 2 - _mixed(start, target, beta)
         momentum = momentum + step / 2 * self._gradient(u, beta)[2]
         for i in range(self.num_leapfrog):
-            # Where it has left the numbers, so has the momentum, and the move is refused; densities may raise there.
+            # If it is not finite, neither is the momentum, and the move is rejected; densities may raise there.
             u = (u + step * momentum).nan_to_num(0.0, 0.0, 0.0)
             start, target, gradient = self._gradient(u, beta)
             momentum = momentum + (step if i < self.num_leapfrog - 1 else step / 2) * gradient

@@ -136,21 +136,29 @@ def simulation_based_calibration(
     thin: int = 1,
     **kwargs: Any,
 ) -> CalibrationResult:
-    """Ranks of latents drawn from the prior among draws given the data that they made: uniform for exact posteriors.
+    """Ranks of latents drawn from the prior among draws of the guide given data simulated from them.
 
-    Each of `num_simulations` runs `model(*args, **kwargs)` with its observations drawn, replaces the data among
-    the arguments by what was drawn, and takes `num_draws` draws of `guide` on those arguments. The data are those
-    arguments that are the value of an observed site; where none is, `to_args` makes the arguments from
-    `{observed site: value}`. Where every latent is local to a plate, every datum counts as a simulation.
+    They are uniform for exact posteriors. Each simulation runs `model(*args, **kwargs)` with its observations drawn,
+    replaces the data among the arguments by the simulated ones, and draws from `guide` on these arguments. If every
+    latent is local to a plate, every datum counts as a simulation. Ties are broken at random.
 
-    In place of a guide (None), `sampler(num, *args, **kwargs)` returns `{site: (num, *shape)}`, e.g. MCMC or a
-    guide fitted anew; of correlated draws only every `thin`-th counts. Ties are broken at random.
+    Args:
+        model: a Pyro model.
+        guide: a guide amortized over the data; None with a `sampler`.
+        args, kwargs: the model's arguments. Arguments that are the value of an observed site are the data.
+        sampler: `sampler(num, *args, **kwargs)` -> `{site: (num, *shape)}`, e.g. MCMC, or a guide that is fitted anew.
+        to_args: from `{observed site: value}` to the arguments, if no argument is the value of an observed site.
+        num_simulations: number of simulations.
+        num_draws: draws in each.
+        thin: of correlated draws, every `thin`-th counts.
 
-    Raises `ValueError` for an observed site without an argument, factors (nothing can be drawn from them), and too few
-    ranks: ten at least.
+    Raises:
+        ValueError: for an observed site without an argument, for factors, which cannot be simulated, and for fewer than
+            ten ranks.
 
-    Source: Talts, Betancourt, Simpson, Vehtari & Gelman 2018, Validating Bayesian Inference Algorithms with
-    Simulation-Based Calibration.
+    References:
+        Talts, Betancourt, Simpson, Vehtari & Gelman 2018, Validating Bayesian Inference Algorithms with
+        Simulation-Based Calibration.
     """
     check_positive("num_simulations", num_simulations)
     check_positive("num_draws", num_draws)
@@ -195,7 +203,7 @@ def _observed(trace: Trace) -> dict[str, Tensor]:
             continue
         if site_is_factor(site):
             raise ValueError(
-                f"factor {name!r}: expected a model that data can be drawn from, and nothing can be drawn from a factor"
+                f"factor {name!r}: expected a model that data can be drawn from, got a factor; use an observed site"
             )
         values[name] = site["value"]
     if not values:

@@ -50,22 +50,30 @@ def to_inference_data(
     coords: Mapping[str, Sequence[Any]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`num_samples` draws of the guide as one chain: `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
+    """Draws of the guide as one chain: `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
 
-    Groups, those with anything in them:
+    Non-empty groups of:
         posterior             latent sites and `pyro.deterministic` ones, constrained
-        sample_stats          `lp`, the log joint, and `log_weight`, lp less the guide's log density: log p(x, z) / q(z)
-        log_likelihood        one value a draw and datum of every observed site; "auto": unless more than 10^7 in all
+        sample_stats          `lp`, the log joint, and `log_weight` = log p(x, z) / q(z)
+        log_likelihood        a value for each draw and datum of every observed site
         posterior_predictive  new data for every observed site
         observed_data         the data
 
-    A dimension under `pyro.plate("J", ...)` is called J, with coordinates 0, 1, ... unless `coords["J"]` gives
-    labels; any other is called `<site>_dim_<position>`, which is ArviZ's own way. `pyro.factor` is part of lp alone.
-    The guide's draws are not reweighted. `draws` replaces them: latent site -> `(chain, draw, *shape)`, as chains of
-    `infer.refine` give them; then there is no `log_weight`. `FitResult.to_inference_data` passes its draws on.
+    The dimension of `pyro.plate("J", ...)` is named J, with coordinates 0, 1, ...; other dimensions have ArviZ's names,
+    `<site>_dim_<position>`. `pyro.factor` is part of lp alone. Draws are not reweighted.
 
-    Raises `ValueError` under a subsampled plate, for `coords` that fit no dimension, and where an observed site cannot
-    be sampled (then pass `posterior_predictive=False`).
+    Args:
+        model, guide: Pyro programs.
+        args, kwargs: their arguments.
+        num_samples: number of draws.
+        draws: latent site -> `(chain, draw, *shape)`, in place of the guide's; then there is no `log_weight`.
+        posterior_predictive: whether to draw new data.
+        log_likelihood: True, False, or "auto": only up to 10^7 values in all.
+        coords: labels of a dimension, by its name.
+
+    Raises:
+        ValueError: under a subsampled plate, for `coords` of no dimension, and for an observed site that cannot be
+            sampled (then pass `posterior_predictive=False`).
     """
     if log_likelihood not in (True, False, "auto"):
         raise ValueError(f'log_likelihood: expected True, False or "auto", got {log_likelihood!r}')
@@ -202,7 +210,7 @@ def _from_groups(
     # By version: to a question for a name that is gone, such as InferenceData, 1.x has a warning and a stand-in.
     from_dict: Any = arviz.from_dict
     with warnings.catch_warnings():
-        # Many short chains are meant, and not draws and chains in the wrong order: so say 0.x and 1.x.
+        # ArviZ 0.x and 1.x warn of swapped dimensions, but many short chains are intended.
         warnings.filterwarnings("ignore", "More chains|Found chain dimension", UserWarning)
         if int(arviz.__version__.split(".")[0]) < 1:
             return from_dict(**groups, coords=coords, dims=dims)
@@ -279,7 +287,7 @@ def _replay(
 
     try:
         if vectorized and num > 1:
-            # A log joint that is right in a batch says nothing of deterministic sites, such as a sum over a latent.
+            # A log joint that is right in a batch does not imply that deterministic sites are, such as a sum over a latent.
             both, alone = run(0, 2, True), [run(i, i + 1, False) for i in (0, 1)]
             vectorized = all(
                 torch.allclose(both[n][i], alone[i][n][0], rtol=1e-4, atol=1e-6, equal_nan=True)

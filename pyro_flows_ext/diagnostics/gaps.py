@@ -1,4 +1,4 @@
-"""Where an amortized guide loses its nats: to its family of distributions, or to sharing one network over all data."""
+"""The gaps of an amortized guide: between the evidence and its bound, by its family and by sharing one network."""
 
 from __future__ import annotations
 
@@ -36,13 +36,17 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class InferenceGaps:
-    """log p(x_n) and lower bounds on it, by datum n: `(N)`, float64, nats.
+    """log p(x_n) and lower bounds on it, by datum n: `(N)`, float64, in nats.
 
-    `amortized`: the ELBO of the guide. `gaussian`, `flow`: the ELBO of a factorised Gaussian and of a flow fitted to
-    that datum alone; `fits` says in how many steps, and whether they had stopped to rise. `evidence`: estimates by
-    name, "AIS", and "IWAE guide", "IWAE gaussian", "IWAE flow" by importance weights of `num_samples` draws of each;
-    `evidence_se`: their Monte Carlo errors. The standard errors below are over data, with the Monte Carlo noise in
-    them.
+    Standard errors of the methods are over data, and include Monte Carlo noise.
+
+    Attributes:
+        amortized: the ELBO of the guide.
+        gaussian, flow: the ELBO of a factorised Gaussian and of a flow fitted to that datum alone.
+        evidence: estimates by name: "AIS"; "IWAE guide", "IWAE gaussian", "IWAE flow" by importance weights.
+        evidence_se: their Monte Carlo errors.
+        fits: steps of the local fits, and whether they converged.
+        num_samples: draws behind each bound.
     """
 
     amortized: Tensor = field(repr=False)
@@ -55,10 +59,10 @@ class InferenceGaps:
 
     @property
     def best(self) -> str:
-        """The name of the highest estimate of the evidence: all fall short in expectation.
+        """The name of the highest estimate of the evidence; all are lower bounds in expectation.
 
-        Highest on average, with two Monte Carlo errors taken off: a noisy one could be luckier than a good one. One for
-        all data, since the highest of each datum would be the luckiest, and no lower bound any more.
+        Highest on average, less two Monte Carlo errors, against noisy estimates. One for all data: the highest of each
+        datum would be biased upwards, and no lower bound.
         """
 
         def surely(name: str) -> float:
@@ -78,14 +82,14 @@ class InferenceGaps:
         return _over_data(self.log_evidence - self.amortized)
 
     def approximation_gap(self, family: str) -> Estimate:
-        """log p(x) - ELBO of the local fit in `family`: what no encoder could win back."""
+        """log p(x) - ELBO of the local fit in `family`: the loss for any encoder."""
         return _over_data(self.log_evidence - self._local(family))
 
     def amortization_gap(self, family: str) -> Estimate:
-        """ELBO of the local fit in `family` - ELBO of the guide: what a better encoder, or local steps, would win.
+        """ELBO of the local fit in `family` - ELBO of the guide: the gain from a better encoder, or from local steps.
 
-        Meant for the guide's own family; in a smaller one it is negative where the guide gains more by its family than
-        it loses by its encoder.
+        For the guide's own family. In a smaller one it is negative if the guide gains more by its family than it loses by
+        its encoder.
         """
         return _over_data(self._local(family) - self.amortized)
 
@@ -130,25 +134,32 @@ def gaps(
     chunk_size: int = 100,
     **kwargs: Any,
 ) -> InferenceGaps:
-    """The approximation gap and the amortization gap of an amortized guide, with what they are made of.
+    """The approximation gap and the amortization gap of an amortized guide.
 
-    The latents are local to a data plate; `guide(*args, **kwargs)` draws them given the data, one set of
-    arguments for all that follows. Under a subsampled plate one subsample is drawn, and those are the data. Global
-    latents have to be fixed by `poutine.condition`. Modules belong in eval mode: noise of dropout would end up in the
-    gaps.
+    Local distributions are fitted to every datum by Adam, from the moments of the guide; the flow starts from the
+    fitted Gaussian. Under a subsampled plate, the data are one subsample. Fix global latents by `poutine.condition`.
+    Put modules in eval mode: the noise of dropout would count as a gap.
+    Cost: `max_steps` gradients twice for `num_particles` draws of every datum, and `ais_steps` times 11 for
+    `ais_chains` + 4 chains.
 
-    `flow`: D -> a transform, such as the preset `iaf`, whose parameters every datum gets a copy of; by default planar
-    layers and a linear map, which hold every Gaussian. Fits are by Adam, with `num_particles` draws a step and
-    `max_steps` at most, from the moments of the guide; the flow goes on from the Gaussian. Bounds are means of
-    `num_samples` draws, `chunk_size` at a time. `ais_start`: chains of annealing begin at the model's "prior", which
-    reaches every mode, or at the fitted "gaussian", which takes fewer steps where the posterior is far narrower than
-    the prior, and sees the modes that the fit sees. Cost: `max_steps` gradients twice for `num_particles` draws of
-    every datum, and `ais_steps` times 11 for `ais_chains` + 4 chains.
+    Args:
+        model: a Pyro model with latents local to a data plate.
+        guide: `guide(*args, **kwargs)` draws them given the data.
+        args, kwargs: the arguments of both.
+        flow: D -> a transform, such as the preset `iaf`, copied for every datum; by default planar layers and a linear
+            map, a family that contains every Gaussian.
+        num_samples, chunk_size: draws behind each bound, and how many at a time.
+        num_particles, max_steps: draws a step of the local fits, and their steps.
+        ais_start: "prior", which reaches every mode; or "gaussian", the fitted one, which takes fewer steps if the
+            posterior is far narrower than the prior, but misses modes that the fit misses.
+        ais_chains, ais_steps: see `annealed_importance_sampling`.
 
-    Raises `ValueError` for latents that no data plate holds all of, for a model that does not vectorise, and for a
-    guide without log q by datum.
+    Raises:
+        ValueError: if no data plate holds all latents, for a model that does not vectorise, and for a guide without log
+            q by datum.
 
-    Source: Cremer, Li & Duvenaud 2018, Inference Suboptimality in Variational Autoencoders.
+    References:
+        Cremer, Li & Duvenaud 2018, Inference Suboptimality in Variational Autoencoders.
     """
     if ais_start not in AIS_STARTS:
         raise ValueError(f"ais_start: expected one of {', '.join(AIS_STARTS)}; got {ais_start!r}")

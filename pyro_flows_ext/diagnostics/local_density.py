@@ -1,4 +1,4 @@
-"""A model's log joint by datum, as a function of unconstrained latents: what annealing and local fits need."""
+"""A model's log joint by datum, as a function of unconstrained latents, for annealing and local fits."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ Site = Any  # of a trace
 class LocalDensity:
     """u `(S, *data, D)` -> log p(x_n, T(u_n)) + log|det T'(u_n)| `(S, *data)`, in nats, by datum n for S particles.
 
-    `plates` names the plates of the data: `data` is `(N)`, N the product of their sizes, and D counts the latents of
-    one datum. With `plates=()` all latents are one datum: `data` is `()`, D counts them all. T maps ℝᴰ to their
-    supports. -inf where the model gives NaN. What lies outside of the plates depends on no latent and is left out; so
-    is the scale of a subsampled plate, of which one subsample is drawn for good.
+    T maps ℝᴰ to the supports of the latents. -inf where the model gives NaN. Sites outside of the plates depend on no
+    latent and are left out, as is the scale of a subsampled plate, of which one subsample is drawn and kept.
 
-    `nesting`: at least so many plate dimensions are left to the model, for a guide that uses more of them.
-    Raises `ValueError` for a discrete latent, for one outside of the plates, and for plates that are loops.
+    Args:
+        model: a Pyro model.
+        args, kwargs: its arguments.
+        plates: names of the plates of data: `data` is `(N)`, N the product of their sizes, and D counts the latents of
+            a datum. With `()` all latents are one datum: `data` is `()`.
+        nesting: least number of plate dimensions, for a guide that uses more of them than the model.
+
+    Raises:
+        ValueError: for a discrete latent, a latent outside of the plates, and plates that are loops.
     """
 
     def __init__(

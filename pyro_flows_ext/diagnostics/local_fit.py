@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from ..transforms import ComposeFlow, FlowTransform, LULinear, Planar
 from .local_density import LocalDensity
 
-# Steps between two looks at the bound; what the learning rate is multiplied by when it has not risen, and how often.
+# Steps between two evaluations of the bound; the factor of the learning rate if it has not risen; how often that happens.
 BLOCK, DECAY, NUM_DECAYS = 100, 0.3, 3
 # A rise of the mean bound by less than this in a block, nats, is none.
 LEAST_RISE = 1e-3
@@ -67,8 +67,7 @@ class LocalGaussian:
 
 
 class LocalFlow:
-    """m_n + s_n ⊙ f(ε; θ_n), ε ~ N(0, I), for every datum n, from a Gaussian on: each with parameters θ_n of its
-    own."""
+    """m_n + s_n ⊙ f(ε; θ_n), ε ~ N(0, I), with its own θ_n for every datum n, started at a Gaussian."""
 
     learning_rate = FLOW_RATE
 

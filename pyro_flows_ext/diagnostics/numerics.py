@@ -1,4 +1,4 @@
-"""How invertible is a flow in practice? Condition numbers, Lipschitz constants, and what a round trip loses."""
+"""The numerical invertibility of a flow: condition numbers, Lipschitz constants, and errors of a round trip."""
 
 from __future__ import annotations
 
@@ -14,43 +14,59 @@ from ..transforms import FlowTransform
 
 
 class LipschitzEstimate(NamedTuple):
-    """Lipschitz constants of f and of f⁻¹, as far as the points looked at show them: see `lipschitz_estimate`."""
+    """Lower bounds on the Lipschitz constants of f and of f⁻¹: see `lipschitz_estimate`."""
 
     forward: float
     inverse: float
 
 
 def jacobian_condition_number(transform: FlowTransform, x: Tensor) -> Tensor:
-    """κ = σ_max / σ_min of the Jacobian Df(x), by row: `(*, event)` -> `(*)`, at least 1.
+    """κ = σ_max / σ_min of the Jacobian Df(x), by row, at least 1.
 
-    How many times longer f draws an error in one direction than in another; the inverse has the same κ at f(x). Exact,
-    from the whole Jacobian: D reverse-mode passes for all rows together, D² numbers and O(D³) a row, with D the number
-    of elements of an event: an image counts as one vector. κ beyond the inverse of machine epsilon (8e6 in float32,
-    5e15 in float64) is rounding, and `inf` where σ_min rounds to zero: use float64 for such flows. NaN where the
-    Jacobian is not finite.
+    κ is the ratio of the largest to the smallest stretch of an error; the inverse has the same κ at f(x). Exact, from
+    the whole Jacobian: D reverse-mode passes for all rows together, D² numbers and O(D³) a row, D the number of
+    elements of an event. Beyond the inverse of machine epsilon (8e6 in float32, 5e15 in float64) κ is rounding error:
+    use float64 for such flows. The transform is evaluated in eval mode; its own mode is restored.
 
-    A transform bound to a batch of contexts is taken at each of them: x is broadcast to its `batch_shape`. In eval mode
-    whatever mode the transform is in, which is left as it was. Raises `TypeError` for what is no `FlowTransform`
-    (conditional ones without their context too), `ValueError` where the output has another number of elements.
+    Args:
+        transform: a flow; if bound to a batch of contexts, x is broadcast to its `batch_shape`.
+        x: `(*, event)`.
 
-    Source: Koehler, Mehta & Risteski 2021, Representational aspects of depth and conditioning in normalizing flows.
+    Returns:
+        `(*)`; `inf` if σ_min rounds to zero, NaN if the Jacobian is not finite.
+
+    Raises:
+        TypeError: for other objects than a `FlowTransform`, and for one that lacks its context.
+        ValueError: if the output has another number of elements.
+
+    References:
+        Koehler, Mehta & Risteski 2021, Representational aspects of depth and conditioning in normalizing flows.
     """
     singular = _singular_values(transform, x)
     return singular[..., 0] / singular[..., -1]
 
 
 def lipschitz_estimate(transform: FlowTransform, x: Tensor) -> LipschitzEstimate:
-    """max σ_max(Df) and max 1 / σ_min(Df) over the rows of x `(*, event)`: local Lipschitz constants of f and of f⁻¹.
+    """Lower bound: max σ_max(Df) and max 1 / σ_min(Df) over the rows of x, local Lipschitz constants of f and of f⁻¹.
 
-    Lower bounds of the global ones, which are suprema over all points; an upper bound takes knowledge of the family,
-    e.g. `ResidualFlow.lipschitz`. Draw x where the flow is used, from its base: f⁻¹ is looked at in f(x). Where f
-    carries a normal onto pieces apart from each other, one of the two grows without bound as the fit improves, and a
-    round trip loses digits with it: see `round_trip_error`. Cost, modes and errors as in `jacobian_condition_number`, and
-    `ValueError` for no rows. NaN where a Jacobian is not finite.
+    The global constants are suprema over all points; an upper bound needs the family, e.g. `ResidualFlow.lipschitz`.
+    Where f maps a normal distribution to separate parts, one of the two grows without bound as the fit improves, and a
+    round trip loses digits: see `round_trip_error`. Cost and modes as in `jacobian_condition_number`.
 
-    Source: Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
-    Normalising Flows; Behrmann, Vicol, Wang, Grosse & Jacobsen 2021, Understanding and Mitigating Exploding Inverses
-    in Invertible Neural Networks.
+    Args:
+        transform: a flow.
+        x: `(*, event)`, e.g. draws of its base; f⁻¹ is evaluated at f(x).
+
+    Returns:
+        The two numbers; NaN if a Jacobian is not finite.
+
+    Raises:
+        TypeError, ValueError: as in `jacobian_condition_number`; and for no rows.
+
+    References:
+        Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
+        Normalising Flows; Behrmann, Vicol, Wang, Grosse & Jacobsen 2021, Understanding and Mitigating Exploding
+        Inverses in Invertible Neural Networks.
     """
     singular = _singular_values(transform, x)
     if singular.numel() == 0:
@@ -60,14 +76,23 @@ def lipschitz_estimate(transform: FlowTransform, x: Tensor) -> LipschitzEstimate
 
 
 def round_trip_error(transform: FlowTransform, x: Tensor) -> Tensor:
-    """max_i |f⁻¹(f(x)) - x|_i by row: `(*, event)` -> `(*)`, in the units of x.
+    """max_i |f⁻¹(f(x)) - x|_i by row, in the units and the dtype of x.
 
-    The other order, |f(f⁻¹(y)) - y| at data y, is `round_trip_error(transform.inv, y)`. They differ: this one loses the
-    digits that f squeezes out, that one those that f⁻¹ does. `inf` where the way there or back is not finite.
-    Measured in the dtype of x: give float32 what shall be used in float32. Contexts, modes and errors as in
-    `jacobian_condition_number`. Cost: a pass in each direction.
+    The other order, |f(f⁻¹(y)) - y| at data y, is `round_trip_error(transform.inv, y)`. The two differ: the first loses
+    the digits that f contracts, the second those that f⁻¹ contracts. Cost: a pass in each direction.
 
-    Source: Behrmann et al. 2021 (see `lipschitz_estimate`), whose exploding inverses show as large errors.
+    Args:
+        transform: a flow.
+        x: `(*, event)`.
+
+    Returns:
+        `(*)`; `inf` if either pass is not finite.
+
+    Raises:
+        TypeError, ValueError: as in `jacobian_condition_number`.
+
+    References:
+        Behrmann et al. 2021 (see `lipschitz_estimate`), whose exploding inverses appear as large errors.
     """
     x = _rows(transform, x)
     with _eval_mode(transform), torch.no_grad():

@@ -36,12 +36,23 @@ def rank_histogram(
     max_panels: int = 9,
     figure: Figure | SubFigure | None = None,
 ) -> np.ndarray:
-    """Histograms of ranks by parameter: an array of axes `(rows, columns)`, those left over hidden.
+    """Histograms of ranks by parameter.
 
     The band holds 99 % of the counts that uniform ranks would give a bin (binomial); its line is their mean. Bars that
     rise at both ends mean draws too close together, a hill in the middle draws too far apart, a slope draws to one
-    side. `names` selects and orders, by site or scalar parameter; of more than `max_panels` those of the lowest
-    p-values are drawn, and the figure says so. Raises `ValueError` for unknown names.
+    side.
+
+    Args:
+        result: of `simulation_based_calibration`.
+        names: selects and orders, by site or scalar parameter.
+        max_panels: number of parameters at most, those of the lowest p-values; the figure has a note if there are more.
+        figure: to draw in; a new one by default.
+
+    Returns:
+        An array of axes `(rows, columns)`; unused ones are hidden.
+
+    Raises:
+        ValueError: for unknown names.
     """
     chosen = list(select(dict(result.ranks), names))
     p_values = result.p_values

@@ -1,4 +1,4 @@
-"""Pictures of a density: its draws beside the data, the density itself on the plane, and how training went."""
+"""Plots of a density: its draws beside the data, the density itself on the plane, and the loss of its training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_DRAWS = 2000
-# The density on the plane is scored on so many points a side, by a bound of so many draws where only that is known.
+# The density on the plane is scored on GRID points a side; a bound, with GRID_PARTICLES draws.
 GRID, GRID_PARTICLES = 120, 10
 NUM_IMAGES = 40
 

@@ -1,4 +1,4 @@
-"""Pictures of multi-scale flows over images: which elements leave after which level, and what they add."""
+"""Plots of multi-scale flows over images: the level after which each element leaves, and its contributions."""
 
 from __future__ import annotations
 
@@ -34,14 +34,22 @@ def factoring(
     *,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
-    """When each element leaves and, with `contributions`, what it adds to the log-det: a figure, a row for each channel.
+    """The level after which each element leaves, and its contributions if given: a row for each channel.
 
-    The first panel of a row has the level after which an element becomes a latent, the others its contribution up to the
-    end of each level, in nats: `contributions` are those of `MultiScaleFlow.contributions`, of the unfactored flow whose
-    masks these are. All have the shape of the first level's image; where the flow starts with a squeeze they are drawn
-    in the places of the pixels, which its 1x1 convolutions mix.
+    All panels have the shape of the first level's image. If the flow starts with a squeeze, they are drawn at the
+    places of the pixels, which its 1x1 convolutions mix.
 
-    Raises `TypeError` for what is no `MultiScaleFlow`, `ValueError` for contributions of another number of levels or shape.
+    Args:
+        flow: a multi-scale flow.
+        contributions: of `MultiScaleFlow.contributions`, of the unfactored flow, up to the end of each level, in nats.
+        figure: to draw in; a new one by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: for a flow of another kind.
+        ValueError: for contributions of another number of levels or shape.
     """
     if not isinstance(flow, MultiScaleFlow):
         raise TypeError(f"flow: expected a MultiScaleFlow, got a {type(flow).__name__}")

@@ -1,4 +1,4 @@
-"""Likelihoods of rows that a density has not seen, beside those of a Gaussian."""
+"""Log-likelihoods of held-out rows, beside those of a Gaussian."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..transforms.residual import EXACT_DIM
 
 # Rows times draws of the bound at a time.
 CHUNK = 20_000
-# Shares of the diagonal in the covariance of the Gaussian, of which the validation rows choose.
+# Shares of the diagonal in the covariance of the Gaussian; the validation rows select one.
 SHRINKAGE = (0.0, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 MIN_SCALE = 1e-3
 
@@ -55,9 +55,13 @@ def standard_error(values: Tensor) -> float:
 def score(
     density: Density, rows: Tensor, num_particles: int, context: Tensor | None = None
 ) -> Score:
-    """log p of rows `(N, *event_shape)`, or its importance-weighted bound of so many draws, where it is not known.
+    """log p of rows; for a bound, its importance-weighted form.
 
-    `context`: `(N, C)`, of a density with `context_dim`.
+    Args:
+        density: with `context_dim`, if there are contexts.
+        rows: `(N, *event_shape)`.
+        num_particles: draws of a bound.
+        context: `(N, C)`.
     """
     density.eval()
     is_estimate = any(map(_estimates, density.modules()))
@@ -104,8 +108,13 @@ def gaussian_score(
 def gaussian(train: Tensor, validation: Tensor, num_levels: int | None = None) -> Density:
     """The Gaussian with the moments of the training rows, as a density of the data to compare a flow with.
 
-    Its covariance is shrunk towards its diagonal by the share that is best on the validation rows. With `num_levels` L it
-    is one of whole numbers 0 ... L - 1, dequantized uniformly. Raises `ValueError` for constant columns.
+    Args:
+        train: rows `(N, *)`.
+        validation: rows that select how far the covariance is shrunk towards its diagonal.
+        num_levels: L, for whole numbers 0 ... L - 1, dequantized uniformly.
+
+    Raises:
+        ValueError: for constant columns.
     """
     train, validation = train.flatten(1), validation.flatten(1)
     rows = train if num_levels is None else (train + torch.rand_like(train)) / num_levels
@@ -128,7 +137,9 @@ def gaussian(train: Tensor, validation: Tensor, num_levels: int | None = None) -
         if best is None or value > best[0]:
             best = value, density
     if best is None:
-        raise ValueError("no column of the training rows may be constant")
+        raise ValueError(
+            "train: expected columns with a variance, got a constant one; leave it out"
+        )
     return best[1]
 
 

@@ -13,13 +13,13 @@ from .base import Density
 
 
 class BoundedDensity(Density):
-    """A density p(x) = ∫ p(x, u) du, bounded by log p(x, u) - log q(u | x), u ~ q: a subclass writes `_log_weights`."""
+    """A density p(x) = ∫ p(x, u) du, bounded by log p(x, u) - log q(u | x), u ~ q. A subclass defines `_log_weights`."""
 
     exact_log_prob = False
 
     def _log_weights(self, value: Tensor) -> Tensor:
         """log p(value, u) - log q(u | value) for one u ~ q by row: `(*, *event_shape)` -> `(*)`."""
-        raise TypeError(f"{type(self).__name__} must define _log_weights(value)")
+        raise NotImplementedError(f"{type(self).__name__} must define _log_weights(value)")
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Lower bound: log p(value, u) - log q(u | value) for one u ~ q: `(*, *event_shape)` -> `(*)`, in nats. Random.
@@ -31,11 +31,18 @@ class BoundedDensity(Density):
     def log_prob_bound(
         self, value: Tensor, num_particles: int = 100, chunk_size: int | None = None
     ) -> Tensor:
-        """Lower bound: log 1/K Σ_k p(value, u_k) / q(u_k | value), u_k ~ q: `(*, *event_shape)` -> `(*)`, in nats. Random.
+        """Lower bound: log 1/K Σ_k p(value, u_k) / q(u_k | value), u_k ~ q, in nats. Random.
 
-        K = `num_particles`. Its mean grows with K to log p(value); its exponential is unbiased for p(value).
-        Cost: K passes, `chunk_size` of them at a time (by default all). Memory is that of one chunk: where there are
-        several and a gradient is asked for, each is run once more in the backward pass.
+        Its mean grows with K to log p(value); its exponential is unbiased for p(value). Cost: K passes. Memory is that of
+        one chunk: with several chunks and gradients, each chunk runs once more in the backward pass.
+
+        Args:
+            value: `(*, *event_shape)`.
+            num_particles: K.
+            chunk_size: passes at a time; all by default.
+
+        Returns:
+            `(*)`.
         """
         num_particles = check_positive("num_particles", num_particles)
         size = num_particles if chunk_size is None else check_positive("chunk_size", chunk_size)

@@ -1,4 +1,4 @@
-"""What each element of an image adds to the log-det of a flow over images, and masks by it."""
+"""Contributions of each element of an image to the log-det of a flow over images, and masks by them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..transforms.multiscale import kept_elements
 def pull_with_contributions(
     transform: FlowTransform, y: Tensor, ladj: Tensor, *, carry: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """x = f⁻¹(y), and `ladj` with what every element adds to log|det Df⁻¹(y)|: all `(*, C, H, W)`.
+    """x = f⁻¹(y), and `ladj` plus the contribution of every element to log|det Df⁻¹(y)|: all `(*, C, H, W)`.
 
-    The contributions of a layer add up to its log-det. Couplings and affine maps have them by element. A linear map of
+    The contributions of a layer sum to its log-det. Couplings and affine maps have them by element. A linear map of
     the channels mixes elements: see `_mix`. Raises `TypeError` for a transform of another kind.
     """
     if isinstance(transform, ComposeFlow):

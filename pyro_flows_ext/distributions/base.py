@@ -1,4 +1,4 @@
-"""What the densities here share: a module that is a Pyro distribution, over a base that may be fixed or learned."""
+"""The common base of the densities: a module that is a Pyro distribution, over a fixed or learned base distribution."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ class _DensityMeta(DistributionMeta, type(nn.Module)):  # type: ignore[misc]
 class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
     """An `nn.Module` that is a `TorchDistribution`: it has parameters, and it can be sampled and scored.
 
-    In a model: `pyro.module("x_density", density)` at every call (or the density as an attribute of a `PyroModule`), then
-    `pyro.sample("x", density, obs=x)`. A subclass writes `log_prob` and `rsample` (or `sample`) for its `batch_shape`, and
-    keeps fixed distributions as plain attributes: `.to()` and `.double()` move those too. `expand` shares the parameters.
+    In a model, call `pyro.module("x_density", density)` at every run (or make the density an attribute of a
+    `PyroModule`), then `pyro.sample("x", density, obs=x)`. A subclass defines `log_prob` and `rsample` (or `sample`)
+    for its `batch_shape`, and keeps fixed distributions as plain attributes: `.to()` and `.double()` move those too.
+    `expand` shares the parameters.
 
-    `exact_log_prob` is False where `log_prob` is a bound; `check_guide_site` refuses such a one as a guide site.
-    `standardization` is None, or the map of `standardize` from the data's units to those of the layers.
+    Attributes:
+        exact_log_prob: False if `log_prob` is a bound; `check_guide_site` refuses such a density as a guide site.
+        standardization: None, or the map of `standardize` from the data's units to those of the layers.
+        context_dim: length of the context that `condition` takes; 0 for none.
+        can_standardize: whether log_prob and draws of the class pass through `standardization`.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = True
     exact_log_prob = True
-    # The length of the context that `condition` takes; 0 for none.
     context_dim = 0
-    # Whether log_prob and draws of the class pass through `standardization`.
     can_standardize = False
     standardization: Standardize | None
 
@@ -91,7 +93,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
         self.standardization = Standardize(loc.to(some), scale.to(some), dims)
 
     def _layers_codomain(self) -> Any:
-        """The support of what the layers model; None where only a context decides it."""
+        """The support of the layers' density; None if it depends on a context."""
         return self.support
 
     def _to_layers(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +119,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
             whole = ComposeFlow([transform, self.standardization.inv])
             # A plain attribute: as a module it would list every parameter twice.
             self.__dict__["_whole"] = (key, whole)
-        whole.training = self.training  # which its cache goes by
+        whole.training = self.training  # a part of the cache's key
         return whole  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -175,16 +177,16 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
         return found.reshape(len(probs), *draws.shape[1:])
 
     def objective(self, value: Tensor) -> Tensor:
-        """What training maximises, by row: `log_prob`, unless a subclass wants more: `(*, *event_shape)` -> `(*)`, in nats."""
+        """The objective that training maximises, by default `log_prob`: `(*, *event_shape)` -> `(*)`, in nats."""
         return self.log_prob(value)  # type: ignore[no-any-return]
 
     def _validate_sample(self, value: Tensor) -> None:
-        # torch's constraints cannot reshape tensors without elements, which hold nothing to check.
+        # torch's constraints cannot reshape tensors without elements.
         if value.numel():
             super()._validate_sample(value)
 
     def _check_value(self, value: Tensor) -> Size:
-        """The batch shape of a value to be scored; `ValueError` where it does not fit the event."""
+        """The batch shape of a value to be scored. Raises `ValueError` if its shape does not fit the event."""
         event = self.event_shape
         cut = value.dim() - len(event)
         if cut < 0 or value.shape[cut:] != event:
@@ -225,7 +227,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
 
 
 def _is_real(support: Any) -> bool:
-    """Whether a constraint leaves every number free."""
+    """Whether a constraint allows every real number."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support is constraints.real or support is constraints.real_vector
@@ -238,11 +240,15 @@ def _broadcasts(shape: Size, to: Size) -> bool:
 
 
 class TransformedDensity(Density):
-    """A density made of the draws of `base`: a distribution with fixed parameters, or a module whose `forward()` returns one.
+    """A density whose draws are transformed draws of `base`.
 
-    A module learns, and is saved. It may take the context that the density is conditioned on (`forward(context)`, with
-    `takes_context = True`). Raises `TypeError` for a base of another kind, `ValueError` for a distribution with
-    parameters that require a gradient, which would not train.
+    Args:
+        base: a distribution with fixed parameters; or a module whose `forward()` returns a distribution, for a base
+            that learns and is saved. With `takes_context = True`, `forward(context)` gets the context of the density.
+
+    Raises:
+        TypeError: for a base of another kind.
+        ValueError: for a distribution with parameters that require a gradient, which would not train.
     """
 
     base: Distribution | nn.Module
@@ -263,7 +269,7 @@ class TransformedDensity(Density):
         return bool(self._base_dist().has_rsample)
 
     def _base_dist(self, event_dim: int = 0) -> Any:
-        """The base's distribution now, with so many of the rightmost batch dimensions declared events that it has `event_dim`."""
+        """The base's current distribution, with rightmost batch dimensions declared events until it has `event_dim`."""
         base: Any = self.base
         if not isinstance(base, Distribution):
             base = base(self.context) if getattr(base, "takes_context", False) else base()
@@ -277,8 +283,8 @@ class TransformedDensity(Density):
 
 
 def log_prob_anywhere(base: Distribution, z: Tensor) -> Tensor:
-    """log p(z) for any z: -inf outside of the support, where distributions raise or return NaN."""
-    if not z.numel():  # which torch cannot sum over the event
+    """log p(z) for any z: -inf outside of the support, where torch's distributions raise or return NaN."""
+    if not z.numel():  # torch cannot sum a tensor without elements over the event
         batch = z.shape[: z.dim() - len(base.event_shape)]
         return z.new_zeros(torch.broadcast_shapes(batch, base.batch_shape))
     support: Any = base.support
@@ -298,20 +304,20 @@ def check_guide_site(name: str, fn: Any) -> None:
     while fn is not None:
         if not getattr(fn, "exact_log_prob", True):
             raise ValueError(
-                f"site {name!r} of the guide: the log_prob of {type(fn).__name__} is a lower bound, and minus a lower bound "
-                "in place of -log q bounds nothing; use a density that is exact, or for a posterior guides.AutoCIF"
+                f"site {name!r} of the guide: expected an exact log_prob, got a lower bound ({type(fn).__name__}), with which "
+                "the ELBO is no bound; use an exact density, or for a posterior guides.AutoCIF"
             )
         fn = getattr(fn, "base_dist", None)
 
 
 def _check_fixed(base: Distribution) -> None:
-    """`ValueError` for parameters inside a plain distribution, which no optimizer would ever see."""
+    """Raises `ValueError` for parameters inside a plain distribution, which no optimizer would train."""
 
     def check(tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
             raise ValueError(
-                "base: its parameters require a gradient, but a distribution is no module, so they would neither train nor "
-                "be saved; pass a module whose forward() returns the distribution"
+                "base: expected fixed parameters, got ones that require a gradient; a distribution is no module, so they would "
+                "neither train nor be saved. Pass a module whose forward() returns the distribution"
             )
         return tensor
 

@@ -23,19 +23,29 @@ KINDS = ("uniform", "variational")
 class Dequantized(BoundedDensity):
     """Whole numbers x in 0 ... L - 1 by a density p of logit((x + u) / L), u in [0, 1)^D, L = `num_levels`:
 
-        log P(x) >= E_q(u|x) [log p(s) + log|ds / dy| - D log L - log q(u | x)],    y = (x + u) / L,  s = logit(α + (1 - 2α) y).
+        log P(x) >= E_q(u|x) [log p(s) + log|ds/dy| - D log L - log q(u|x)],  y = (x + u) / L,  s = logit(α + (1 - 2α)
+        y).
 
-    `flow`: the density p, of vectors or images of real numbers. `logit_alpha` is α, 0.05 for natural images, 1e-6 for MNIST;
-    None leaves the logit out, for a density of [0, 1]^D (or beyond) itself. `kind`: q(u | x) is "uniform", or "variational",
-    u = sigmoid of a normal by pixel with location and scale from `net`, a module `(*, D)` -> `(*, 2 D)` of x scaled to
-    [-1, 1] and flattened (by default a multilayer perceptron of `hidden_dims`), which trains with the flow.
+    `log_prob` is one draw of the bound, in nats; `log_prob_bound` is its importance-weighted form; `bits_per_dim` is
+    the customary unit. `sample` returns whole numbers. Cost: a pass of the flow.
 
-    `log_prob` is one draw of the bound, in nats; `log_prob_bound` its importance-weighted form; `bits_per_dim` the customary
-    unit. `sample` gives whole numbers. Cost: a pass of the flow. Raises `ValueError` for arguments out of range, and where
-    values are checked for values that are no whole numbers of the range.
+    Args:
+        flow: the density p, of vectors or images of real numbers.
+        kind: q(u | x): "uniform"; or "variational", u = sigmoid of a normal by pixel with location and scale from
+            `net`.
+        num_levels: L.
+        logit_alpha: α, .05 for natural images, 1e-6 for MNIST; None without the logit, for a density of [0, 1]^D
+            itself.
+        net: a module `(*, D)` -> `(*, 2 D)` of x scaled to [-1, 1] and flattened, trained with the flow.
+        hidden_dims: widths of the default `net`, a multilayer perceptron.
 
-    Source: Theis, van den Oord & Bethge 2016, A note on the evaluation of generative models; logits: Dinh et al. 2017; variational:
-    Ho, Chen, Srinivas, Duan & Abbeel 2019, Flow++.
+    Raises:
+        TypeError: for a flow that is no `Density`.
+        ValueError: for arguments out of range; with `validate_args`, for values that are no whole numbers of the range.
+
+    References:
+        Theis, van den Oord & Bethge 2016, A note on the evaluation of generative models; logits: Dinh et al. 2017;
+        variational: Ho, Chen, Srinivas, Duan & Abbeel 2019, Flow++.
     """
 
     has_rsample = False
@@ -77,7 +87,7 @@ class Dequantized(BoundedDensity):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Whole numbers `(*sample_shape, *batch_shape, *event_shape)`, as floats; what the flow puts beyond the range is clamped."""
+        """Whole numbers `(*sample_shape, *batch_shape, *event_shape)`, as floats; draws beyond the range are clamped."""
         y = self.flow.expand(self.batch_shape).sample(torch.Size(sample_shape))
         if self.preprocess is not None:
             y = self.preprocess.inverse_and_ladj(y)[0]
@@ -86,9 +96,16 @@ class Dequantized(BoundedDensity):
     def bits_per_dim(
         self, value: Tensor, noise: Tensor | None = None, num_particles: int = 1
     ) -> Tensor:
-        """Minus the bound in bits, by element of the event: `(*, *event_shape)` -> `(*)`; an upper bound on the true one.
+        """Upper bound: minus the bound on log P in bits, by element of the event.
 
-        `noise`: u in [0, 1) where q is uniform, the standard normal behind it where it is not; drawn unless given.
+        Args:
+            value: `(*, *event_shape)`.
+            noise: of the shape of `value`: u in [0, 1) for kind="uniform", the standard normal behind u for
+                "variational"; drawn by default.
+            num_particles: K of `log_prob_bound`, without `noise`.
+
+        Returns:
+            `(*)`.
         """
         if noise is not None:
             bound = self._log_weights(self._expanded(value), noise)
@@ -97,7 +114,7 @@ class Dequantized(BoundedDensity):
         return -bound / (self.event_shape.numel() * math.log(2))
 
     def objective(self, value: Tensor) -> Tensor:
-        """`log_prob` with the flow's own objective in place of its `log_prob`: a penalty is that of the noisy value."""
+        """`log_prob` with the flow's own objective in place of its `log_prob`: penalties apply to the noisy value."""
         return self._log_weights(self._expanded(value), score=self.flow.objective)
 
     def _log_weights(

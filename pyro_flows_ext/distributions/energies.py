@@ -1,12 +1,12 @@
 """The test energies of Rezende & Mohamed (2015, table 1): unnormalised densities exp(-U(z)) on the plane.
 
-Shapes: z `(*, 2)` -> U `(*)`, in nats. `ValueError` when the last dimension is not 2. Sums of exponentials are taken
-in log space, so that U is finite, with a finite gradient, far outside the modes as well.
+Shapes: z `(*, 2)` -> U `(*)`, in nats. Raises `ValueError` if the last dimension is not 2. Sums of exponentials are taken
+in log space: U and its gradient are finite far outside the modes.
 
-U1 is normalisable on the plane. U2 to U4 repeat along z1 for ever: their normaliser is over |z1| <= 4, and whoever
-fits them has to keep z1 there (a uniform prior, a penalty).
+U1 is normalisable on the plane. U2 to U4 are periodic along z1: their normaliser is over |z1| <= 4, and a fit must keep z1
+there (a uniform prior, a penalty).
 
-Source: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows.
+References: Rezende & Mohamed 2015, Variational Inference with Normalizing Flows.
 """
 
 from __future__ import annotations

@@ -19,15 +19,25 @@ from .base import TransformedDensity, log_prob_anywhere
 class FlowDistribution(TransformedDensity):
     """x = f(z), z ~ base: log p(x) = log p_base(f⁻¹(x)) + log|det Df⁻¹(x)|, exact.
 
-    `base`: any distribution with fixed parameters, whose rightmost batch dimensions become event dimensions where the
-    transform acts on them; or a module whose `forward()` returns one, for a base that learns. `transforms`: a
-    `FlowTransform`, or a sequence of them in the order from base to data. With a part that depends on a context `(*, C)`,
-    `condition(context)` returns the density at that context, of batch shape `(*)`; a learnable base then may take the
-    context too (`forward(context)`, with `takes_context = True`).
+    With a part that depends on a context `(*, C)`, `condition(context)` returns the density at that context, of batch
+    shape `(*)`. Any value can be scored. Cost: `rsample` a forward pass, `log_prob` an inverse one, at the last draw
+    none.
 
-    Scores values that it never drew. Cost: `rsample` a forward pass, `log_prob` an inverse one, of the last draw none.
-    Raises `TypeError` for a base or a part of another kind, `ValueError` for a base with parameters that would not
-    train, for a value of another event shape, and for a density that needs a context and has none.
+    Args:
+        base: a distribution with fixed parameters, whose rightmost batch dimensions become event dimensions if the
+            transform acts on them; or a module whose `forward()` returns one, for a base that learns. With
+            `takes_context = True`, `forward(context)` gets the context.
+        transforms: a `FlowTransform`, or a sequence of them in the order from base to data.
+
+    Raises:
+        TypeError: for a base or a part of another kind.
+        ValueError: for a base with parameters that would not train; at calls, for a value of another event shape, and
+            without a context where one is needed.
+
+    Example:
+        >>> flow = FlowDistribution(dist.Normal(torch.zeros(2), 1.0), nsf(2, context_dim=3))
+        >>> flow.condition(torch.zeros(5, 3)).log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
     """
 
     transform: FlowTransform
@@ -50,7 +60,7 @@ class FlowDistribution(TransformedDensity):
 
     @property
     def context_dim(self) -> int:  # type: ignore[override]
-        """The length of the context that `condition` takes; 0 for none, and where it is given."""
+        """The length of the context that `condition` takes; 0 for none, and once conditioned."""
         return self.transform.context_dim
 
     def standardize_context(self, loc: Tensor, scale: Tensor) -> None:
@@ -71,7 +81,7 @@ class FlowDistribution(TransformedDensity):
         """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
         if not self.transform.context_dim:
             raise ValueError(
-                "condition: no transform of this density takes a context; build one with context_dim > 0"
+                "condition: expected a density with a context, got one without; build a transform with context_dim > 0"
             )
         if self.context_standardization is not None:
             context = self.context_standardization.forward_and_ladj(context)[0]
@@ -122,7 +132,7 @@ class FlowDistribution(TransformedDensity):
     def _flow(self) -> FlowTransform:
         if self.transform.context_dim:
             raise ValueError(
-                "this density depends on a context: call condition(context) first, with one of shape "
+                "this density depends on a context: call condition(context) first, with a context of shape "
                 f"(*, {self.transform.context_dim})"
             )
         return self.transform if self.standardization is None else self._with_units(self.transform)
@@ -159,7 +169,7 @@ class FlowDistribution(TransformedDensity):
 
 
 class _Identity(FlowTransform):
-    """Of no transforms at all, for events of any shape."""
+    """The identity, for events of any shape."""
 
     domain = codomain = constraints.real  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""`ContinuouslyIndexedFlow`: a density of many flows, told apart by latent indices (Cornish et al. 2020)."""
+"""`ContinuouslyIndexedFlow`: a density of many flows with latent indices (Cornish et al. 2020)."""
 
 from __future__ import annotations
 
@@ -24,38 +24,35 @@ from .normal import affine_by, log_standard_normal
 class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     """z_0 ~ base, u_l ~ p_l(u | z_{l-1}), z_l = F_l(z_{l-1}; u_l) for l = 1 ... L, x = z_L, of vectors `(*, D)`.
 
-    F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f (`transforms.IndexedTransform`). A different map for every u
-    makes holes, edges and separate parts that no one continuous map of a Gaussian has. Draws are exact. The density
-    log p(x) = log ∫ p(x, u) du is not known, and is bounded by means of inference densities q_l(u | z_l), trained along:
+    F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f (`transforms.IndexedTransform`). A map for every u makes
+    holes, edges and separate parts that no single continuous map of a Gaussian has. Draws are exact. The log-density
+    log p(x) = log ∫ p(x, u) du is intractable; inference densities q_l(u | z_l), trained along, give the bound
 
         log p(x) >= E_q [log p(x, u) - log q(u | x)],    q(u | x) = q_L(u_L | x) q_{L-1}(u_{L-1} | z_{L-1}) ...
 
-    with equality where q(u | x) is p(u | x). `log_prob` is one draw of it, `log_prob_bound` its form with many particles.
-    Training on `log_prob` (`pyro.sample("x", flow, obs=x)`) is the ELBO; for the importance-weighted bound, datum by
-    datum in a plate, give Pyro the indices as latents:
+    with equality if q(u | x) is p(u | x). `log_prob` is one draw of it, `log_prob_bound` its form with many particles.
+    Training on `log_prob` (`pyro.sample("x", flow, obs=x)`) maximises the ELBO. For the importance-weighted bound, with
+    the indices as latents of a datum, call `flow.model("x", x)` in the model's plate and `flow.guide("x", x)` in the
+    guide's.
 
-        def model(x):
-            pyro.module("flow", flow)
-            with pyro.plate("data", len(x), subsample_size=100) as i:
-                flow.model("x", x[i])
+    p_l and q_l are diagonal normals; q_l takes f_l⁻¹(z_l), in which u_l is a shift and a scale. s and t start at zero
+    and p_l equal to q_l: the initial density is that of the plain flow, and the bound is tight.
+    Cost: `rsample` a forward pass, `log_prob` an inverse one, `log_prob_bound` K of them.
 
-        def guide(x):
-            with pyro.plate("data", len(x), subsample_size=100) as i:
-                flow.guide("x", x[i])
+    Args:
+        base: as in `FlowDistribution`.
+        transforms: one `FlowTransform` for one layer, or one a layer, as the parts of a preset (`maf(2,
+            num_layers=5)`).
+        index_dim: length of u_l.
+        hidden_dims, index_hidden_dims: widths of the networks of s and t, and of p_l and q_l.
 
-        SVI(model, guide, optim, ImportanceWeightedELBO(num_particles=10, gradient="dreg"))
+    Raises:
+        TypeError: for a base or a transform of another kind.
+        ValueError: for a base with parameters that would not train, and for events that are no vectors.
 
-    `base`: as in `FlowDistribution`. `transforms`: one `FlowTransform`, which makes one layer, or several, one a layer, as the
-    parts of a preset are (`maf(2, num_layers=5)`). `index_dim`: the length of u_l. p_l and q_l are diagonal normals with
-    location and scale from networks of `index_hidden_dims`; s and t have `hidden_dims`. q_l sees f_l⁻¹(z_l), in which u_l
-    is but a shift and a scale. s and t start at zero and p_l as q_l, so that the density starts as that of the plain flow and
-    the bound is tight; the indices tell z from the start.
-
-    Cost: `rsample` a forward pass, `log_prob` an inverse one, `log_prob_bound` K of them. Raises `TypeError` for a base or a transform of another kind,
-    `ValueError` for a base with parameters that would not train, and for events that are no vectors.
-
-    Source: Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
-    Normalising Flows.
+    References:
+        Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
+        Normalising Flows.
     """
 
     can_standardize = True
@@ -115,11 +112,10 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     # --- the indices as latents of a Pyro program ---
 
     def model(self, name: str, obs: Tensor | None = None) -> Tensor:
-        """Samples x at site `name`, and with `obs` the indices u_l at sites `{name}_u{l}`, l = 1 ... L: log p(obs, u) in all.
+        """Samples x at site `name`, and with `obs` the indices u_l at sites `{name}_u{l}`: log p(obs, u) in all.
 
-        p(u | obs) has no normaliser that is known, so that the indices are N(0, I) here and the site `name` has the
-        rest, log p(obs, u) - Σ log N(u_l): a right joint density, to which any guide may be paired. Without `obs` there are no
-        indices, and a plain draw.
+        The normaliser of p(u | obs) is unknown. The indices are therefore N(0, I) here, and the site `name` has the
+        rest, log p(obs, u) - Σ log N(u_l): the joint density is right with any guide. Without `obs`, a plain draw of x.
         """
         if obs is None:
             return pyro.sample(name, self)

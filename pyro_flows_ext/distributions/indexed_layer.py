@@ -12,19 +12,25 @@ from ..nn import MLP
 from ..transforms import FlowTransform, IndexedTransform
 from .normal import affine_by, draw_by, log_normal_by
 
-# u itself, or what draws it given the output of the reverse network; None draws from r.
+# u itself, or a function that draws it given the output of the reverse network; None draws from r.
 Index = Tensor | Callable[[Tensor], Tensor] | None
 
 
 class IndexedLayer(nn.Module):
     """(z, ε) -> (F(z; u), u) with u = μ(z) + σ(z) ⊙ ε, and log r(u | a) for a = f⁻¹(F(z; u)) = exp(s(u)) ⊙ z + t(u).
 
-    p(u | z) = N(u; μ, σ²), and r is normal too. They start as one function, and s and t at zero: log p = log r at first, and the
-    layer is f exactly. That function is N(0, I) whatever z, or with `informative` one that tells z: where u is noise, s and t
-    have nothing to gain from it, nor p and r from telling z, a saddle at which the index may stay unused.
-    `hidden_dims` are those of the network of s and t, `index_hidden_dims` those of p and r, by default the same. See
-    `IndexedTransform` for F.
-    With `context_dim` all of them see a context `(*, context_dim)` too, and f where it takes one.
+    p(u | z) = N(u; μ, σ²) and r(u | a) are normal, and start as one function, with s and t at zero: the layer is f at
+    first, and log p = log r. See `IndexedTransform` for F.
+
+    Args:
+        transform: f.
+        input_dim: D.
+        index_dim: length of u.
+        hidden_dims: widths of the network of s and t.
+        index_hidden_dims: widths of those of p and r; `hidden_dims` by default.
+        context_dim: length of a context for all networks, and for f if it takes one.
+        informative: start p as a function of z. By default it is N(0, I) for every z, a saddle: s and t gain nothing
+            from a u that is noise, nor p and r from a dependence on z, so that the index may stay unused.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class IndexedLayer(nn.Module):
 
         self.index_net, self.reverse_net = network(), network()
         if informative:
-            tell_the_input(self.index_net, index_dim)
+            correlate_with_input(self.index_net, index_dim)
             self.reverse_net.load_state_dict(self.index_net.state_dict())
 
     def push(
@@ -82,10 +88,10 @@ class IndexedLayer(nn.Module):
 
 
 @torch.no_grad()
-def tell_the_input(net: MLP, index_dim: int) -> None:
-    """Starts the location and log-scale of u, of a network of z, so that u tells z: an sd of about 1 over z, and σ = 1/e.
+def correlate_with_input(net: MLP, index_dim: int) -> None:
+    """Initialises a network of z so that the location of u has an sd of about 1 over z, and its scale is 1/e.
 
-    Xavier's initialisation for tanh, so that it is as much after any number of layers.
+    Xavier's initialisation for tanh keeps this sd for any number of layers.
     """
     *hidden, last = (layer for layer in net if isinstance(layer, nn.Linear))
     for layer in hidden:

@@ -20,20 +20,27 @@ class FlowVAE(BoundedDensity):
 
         log p(x) >= E_q(ε|z) [log p(ε) + log p(z | ε) - log q(ε | z)] + log|det Df⁻¹(x)|,    z = f⁻¹(x).
 
-    The flow is exact; what it makes of the data is described by few numbers, along which one can sample and
-    interpolate. `transform`: a `FlowTransform` of vectors, or from vectors to images (`MultiScale`), forward towards the
-    data; D its latent dimension. `decoder`: a module `(*, latent_dim)` -> `(*, 2 D)`, location and raw log-scale of z;
-    `encoder`: `(*, D)` -> `(*, 2 latent_dim)`, those of q(ε | z), by default multilayer perceptrons of `hidden_dims`. Scales
-    are between 1/1000 and 1000; the scale of p(z | ε) is learned, as it must be: a fixed one decides how much of z is noise.
+    The flow is exact; the few numbers ε describe z, and one can sample and interpolate along them. `log_prob` is one
+    draw of the bound, `log_prob_bound` its importance-weighted form. The scale of p(z | ε) is learned, within 1/1000
+    and 1000: a fixed one would decide how much of z is noise. `fit_density` trains the networks before the flow:
+    trained all at once, the flow makes z normal first, and ε stays unused.
+    Cost: `rsample` a pass of decoder and flow, `log_prob` one of flow, encoder and decoder, and `log_prob_bound` K of
+    the networks and one of the flow for each chunk.
 
-    Trained all at once, the flow makes z normal before the networks have learned to describe it, and ε goes unused. So
-    `fit_density` trains the networks first, with the flow as it starts, and then all.
+    Args:
+        transform: f, of vectors, or from vectors to images (`MultiScale`), forward towards the data.
+        input_dim: D, length of z.
+        latent_dim: length of ε.
+        encoder: a module `(*, D)` -> `(*, 2 latent_dim)`, location and raw log-scale of q(ε | z).
+        decoder: a module `(*, latent_dim)` -> `(*, 2 D)`, location and raw log-scale of p(z | ε).
+        hidden_dims: widths of the default networks, multilayer perceptrons.
 
-    `log_prob` is one draw of the bound, `log_prob_bound` its importance-weighted form. Cost: `rsample` a pass of decoder and
-    flow, `log_prob` one of flow, encoder and decoder, and `log_prob_bound` K of the networks, but one of the flow for each
-    chunk. Raises `ValueError` for networks of other sizes.
+    Raises:
+        TypeError: for a transform that is no `FlowTransform`.
+        ValueError: for networks of other sizes, or a transform of no vectors.
 
-    Source: Das, Abbeel & Spanos 2019, Dimensionality Reduction Flows, sec. 3.1, eq. 11.
+    References:
+        Das, Abbeel & Spanos 2019, Dimensionality Reduction Flows, sec. 3.1, eq. 11.
     """
 
     can_standardize = True

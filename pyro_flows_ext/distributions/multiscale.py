@@ -26,20 +26,26 @@ MakeLevel = Callable[[Shape], FlowTransform]
 class MultiScaleFlow(FlowDistribution):
     """An exact density of images `(C, H, W)`: levels of flow steps, between which part of the elements become latents.
 
-    `make_level(shape)` makes the transform of a level, of images of that shape, forward towards the data; what stays after
-    it goes on at half the height and width (see `transforms.MultiScale`). `factor_out`: "channel", "checkerboard", "none",
-    or a mask for each level but the last. `squeeze_first` starts with `Squeeze`, for levels that mix channels.
-    The base is standard normal on the D = C H W latents, those of the last level first. Ready-made architectures:
-    `flows.RealNVPImage`, `flows.Glow`, `flows.NSFImage`.
+    The remaining elements pass to the next level, at half the height and width (see `transforms.MultiScale`). The base
+    is standard normal on the D = C H W latents, those of the last level first. Architectures: `flows.RealNVPImage`,
+    `flows.Glow`, `flows.NSFImage`. Cost: one pass of the levels in either direction.
 
-    By likelihood, in two steps: train with `factor_out="none"`, take `masks = flow.likelihood_masks(data)`, and train
-    `flow.factored(masks)`, a new flow in which the elements with the larger share of the log-det pass through more
-    levels. Masks are buffers, saved with the rest.
+    Factoring by likelihood takes two steps: train with `factor_out="none"`, take `masks = flow.likelihood_masks(data)`,
+    and train `flow.factored(masks)`. Elements with the larger share of the log-det then pass through more levels.
 
-    Cost: one pass of the levels in either direction. Raises `ValueError` for masks or sizes that do not fit.
+    Args:
+        event_shape: (C, H, W).
+        make_level: from the shape of its images to the transform of a level, forward towards the data.
+        num_levels: number of levels.
+        factor_out: "channel", "checkerboard", "none", or a mask for each level but the last; masks are buffers.
+        squeeze_first: start with `Squeeze`, for levels that mix channels.
 
-    Source: Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP; factoring by likelihood: Das, Abbeel & Spanos
-    2019, Dimensionality Reduction Flows, sec. 3.2.
+    Raises:
+        ValueError: for masks or sizes that do not fit.
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio 2017, Density estimation using Real NVP; factoring by likelihood: Das, Abbeel &
+        Spanos 2019, Dimensionality Reduction Flows, sec. 3.2.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class MultiScaleFlow(FlowDistribution):
 
     @property
     def multiscale(self) -> MultiScale:
-        """The levels; their `masks` say what leaves."""
+        """The levels, with the `masks` of the elements that leave."""
         transform = self.transform
         return transform[0] if isinstance(transform, ComposeFlow) else transform  # type: ignore[return-value]
 
@@ -91,7 +97,7 @@ class MultiScaleFlow(FlowDistribution):
 
     @torch.no_grad()
     def initialize(self, data: Tensor) -> None:
-        """Starts every ActNorm from the moments of what `data` `(N, C, H, W)` have become where it is."""
+        """Initialises every ActNorm from the moments of its inputs for `data` `(N, C, H, W)`."""
         image = self._enter(data)
         for i, level in enumerate(self.multiscale.levels):
             image = _initialize(level, image)
@@ -102,14 +108,22 @@ class MultiScaleFlow(FlowDistribution):
     def contributions(
         self, data: Tensor, chunk_size: int = 250, *, carry: bool = True
     ) -> list[Tensor]:
-        """By level, what each element of the first level's image has added to the log-det up to its end: `(C, H, W)` each.
+        """Mean contribution of each element to the log-det, up to the end of each level.
 
-        In nats, of the map from data to latents, the mean over `data` `(N, C, H, W)`. A 1x1 convolution adds its log
-        singular values, shared by the squared entries of the singular vectors, and moves the shares so far as it
-        moves the channels. With `carry=False` the i-th largest goes to channel i, and the shares so far stay in place.
+        A 1x1 convolution contributes its log singular values, divided by the squared entries of the singular vectors,
+        and mixes earlier contributions as it mixes the channels.
 
-        Raises `ValueError` for a flow with another `factor_out` than "none", in which the elements that left add
-        nothing more, and `TypeError` for layers without a log-det by element.
+        Args:
+            data: `(N, C, H, W)`.
+            chunk_size: rows at a time.
+            carry: False assigns the i-th largest singular value to channel i, and keeps earlier contributions in place.
+
+        Returns:
+            By level, `(C, H, W)` as the first level's image, in nats, of the map from data to latents.
+
+        Raises:
+            ValueError: for another `factor_out` than "none": elements that have left contribute nothing more.
+            TypeError: for layers without a log-det by element.
         """
         levels = self.multiscale
         if any(bool(mask.any()) for mask in levels.masks):
@@ -132,13 +146,13 @@ class MultiScaleFlow(FlowDistribution):
     def likelihood_masks(
         self, data: Tensor, *, same_places: bool = False, across_channels: bool = False
     ) -> list[Tensor]:
-        """Masks for `factored`: of the four elements of each channel in each block, the two with the smaller shares leave.
+        """Masks for `factored`: of the four elements in a block of a channel, the two of smaller contributions leave.
 
-        With `across_channels` it is half of all elements of a block, as in Glow, whose convolutions tell channels apart.
-
-        The shares are those of `contributions`, means over `data` `(N, C, H, W)`: masks by image would not be invertible.
-        With `same_places` they are means over the blocks too, so that the same places leave every block: a channel of the
-        next level then holds one place, as convolutions expect.
+        Args:
+            data: `(N, C, H, W)`; contributions are means over it, since masks by image would not be invertible.
+            same_places: take means over the blocks too, so that the same places leave every block. A channel of the
+                next level then holds one place, as convolutions expect.
+            across_channels: half of all elements of a block leave, as in Glow, whose convolutions distinguish channels.
         """
         shares = self.contributions(data)[:-1]
         if same_places:
@@ -146,14 +160,14 @@ class MultiScaleFlow(FlowDistribution):
         return masks_by_share(shares, across_channels=across_channels)
 
     def _enter(self, data: Tensor) -> Tensor:
-        """Data as the first level sees them."""
+        """Data in the shape and units of the first level."""
         self._check_value(data)
         data = self._to_layers(data)[0]
         return Squeeze()(data) if self._recipe["squeeze_first"] else data
 
 
 def _initialize(transform: Any, y: Tensor) -> Tensor:
-    """f⁻¹(y), every part that has an `initialize` set by what reaches it."""
+    """f⁻¹(y); initialises every part that has an `initialize` from its inputs."""
     if isinstance(transform, ComposeFlow):
         for part in reversed(list(transform)):
             y = _initialize(part, y)

@@ -17,21 +17,27 @@ from .flow import FlowDistribution
 
 
 class NestedDropoutFlow(FlowDistribution):
-    """An exact density x = f(z) trained to minimise -log p(x) + λ E_k ‖x - f(P_k f⁻¹(x))‖².
+    """An exact density x = f(z) with ordered latents, trained to minimise -log p(x) + λ E_k ‖x - f(P_k f⁻¹(x))‖².
 
-    P_k keeps the first k latents in their order and sets the others to 0; k is geometric from 1 with probability
-    `index_prob` p, by datum, and what exceeds D keeps all. So z_1 says most about x, as a first principal component does,
-    while log p(x) stays what the flow gives it. `reconstruction_weight` is λ, in nats by squared unit of x.
+    P_k keeps the first k latents in their order and sets the others to 0. k is geometric from 1, by datum, and at most
+    D. z_1 then explains most of x, as a first principal component does. `log_prob` stays the exact log-density of the
+    flow. In a model, call `flow.observe("x", x)` inside its plate: `pyro.sample("x", flow, obs=x)`, and the penalty as
+    a factor. Cost: `log_prob` an inverse pass; `penalty`, `objective` and `observe` an inverse and a forward pass, with
+    gradients.
 
-    `base` and `transforms` as in `FlowDistribution`, without a context; the base is centred at 0. `order`: the latents, flat,
-    from the first to be kept to the last (all D, each once); None for their own order.
-    In a model, inside its plate: `flow.observe("x", x)`, which is `pyro.sample("x", flow, obs=x)` and the penalty as a factor
-    (a penalty inside `log_prob` would make it no density).
-    Cost: `log_prob` an inverse pass; `penalty` an inverse and a forward pass, with gradients through both, and both together
-    (`objective`, `observe`) no more: warns where one of them takes sweeps or finds roots.
-    Raises `ValueError` for arguments out of range and for a transform that takes a context.
+    Args:
+        base, transforms: as in `FlowDistribution`, without a context; the base is centred at 0.
+        index_prob: probability of the geometric distribution of k.
+        reconstruction_weight: λ, in nats by squared unit of x.
+        order: the latents, flat, from the first to be kept to the last (all D, each once); None for their own order.
 
-    Source: Bekasov & Murray 2020, Ordering Dimensions with Nested Dropout Normalizing Flows, eq. 6.
+    Raises:
+        ValueError: for arguments out of range, and for a transform that takes a context.
+
+    Warns if a transform takes sweeps or finds roots in one direction, since the penalty takes both.
+
+    References:
+        Bekasov & Murray 2020, Ordering Dimensions with Nested Dropout Normalizing Flows, eq. 6.
     """
 
     order: Tensor
@@ -55,7 +61,7 @@ class NestedDropoutFlow(FlowDistribution):
         super().__init__(base, transforms, validate_args=validate_args)
         if self.transform.context_dim:
             raise ValueError(
-                "transforms: expected ones without a context, of which the latents have one order"
+                "transforms: expected transforms without a context, whose latents have one order; got a context_dim"
             )
         size = self._latent_shape().numel()
         order = torch.arange(size) if order is None else torch.as_tensor(order)
@@ -83,16 +89,22 @@ class NestedDropoutFlow(FlowDistribution):
         return self._keep(self._at_batch()[1].inv(x), k)
 
     def reconstruct(self, x: Tensor, k: int | Tensor) -> Tensor:
-        """f(P_k f⁻¹(x)): x as its first k latents tell it, of the shape of x."""
+        """f(P_k f⁻¹(x)): the reconstruction of x from its first k latents, of the shape of x."""
         return self._at_batch()[1](self.project(x, k))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def reconstruction_curve(
         self, x: Tensor, ks: Sequence[int] | None = None, chunk_size: int = 1000
     ) -> Tensor:
-        """Mean squared error of reconstruction, by element and datum, for each of `ks` (None: 1 to D): `(len(ks))`.
+        """Mean squared error of reconstruction, by element and datum.
 
-        For data `(N, *event_shape)`; `chunk_size` rows at a time.
+        Args:
+            x: `(N, *event_shape)`.
+            ks: numbers of latents; 1 to D by default.
+            chunk_size: rows at a time.
+
+        Returns:
+            `(len(ks))`.
         """
         ks = range(1, len(self.order) + 1) if ks is None else ks
         errors = [
@@ -108,12 +120,12 @@ class NestedDropoutFlow(FlowDistribution):
         return transform(self._keep(base.sample(torch.Size(sample_shape)), k))  # type: ignore[no-any-return]
 
     def penalty(self, x: Tensor, k: Tensor | None = None) -> Tensor:
-        """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn here unless given; in standardised units if any."""
+        """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn by default; in standardised units if any."""
         self._check_value(x)
         return self._penalty(x, self._at_batch()[1].inv(x), k)
 
     def objective(self, value: Tensor, k: Tensor | None = None) -> Tensor:
-        """log p(value) - penalty(value, k), `(*)`, what training maximises: one pass in each direction, for λ = 0 one."""
+        """log p(value) - penalty(value, k), `(*)`, the objective of training; one pass in each direction, for λ = 0 one."""
         z, log_p = self._pull_and_score(value)
         return log_p - self._penalty(value, z, k) if self.reconstruction_weight else log_p
 
@@ -127,7 +139,7 @@ class NestedDropoutFlow(FlowDistribution):
         """The observation of x under `name`, and minus the penalty as the factor `{name}_penalty`; call inside x's plate."""
         self._check_value(x)
         z = self._at_batch()[1].inv(x)
-        # The site is scored later: with z alive until then, the transform remembers its pass.
+        # The site is scored later: the transform's cache holds its pass as long as z is alive.
         value = pyro.sample(name, self._view(self.batch_shape, _latent=z), obs=x)
         pyro.factor(f"{name}_penalty", -self._penalty(x, z))
         return value  # type: ignore[no-any-return]
@@ -137,9 +149,9 @@ class NestedDropoutFlow(FlowDistribution):
         batch = self._check_value(x)
         if k is None:
             k = self.sample_index(batch)
-        # Past the cache, which has one pass, and that of z is the one to keep.
-        told = self._at_batch()[1].forward_and_ladj(self._keep(z, k))[0]
-        error = told - x
+        # Not through the cache, which holds a single pass, that of z.
+        reconstruction = self._at_batch()[1].forward_and_ladj(self._keep(z, k))[0]
+        error = reconstruction - x
         if self.standardization is not None:
             error = error / self.standardization.scale
         return self.reconstruction_weight * error.square().flatten(len(batch)).sum(-1)

@@ -41,7 +41,7 @@ def _map(obj: Any, fn: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
                 state["_cached_x_y"] = (None, None)
         mapped = {k: _map(v, fn, memo) for k, v in state.items()}
         if isinstance(obj, Constraint) and all(mapped[k] is v for k, v in state.items()):
-            memo[id(obj)] = obj  # such as constraints.real, which torch knows by identity
+            memo[id(obj)] = obj  # torch compares constraints such as constraints.real by identity
             return obj
         new.__dict__.update(mapped)
         return new

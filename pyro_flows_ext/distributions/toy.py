@@ -1,11 +1,10 @@
-"""Data on the plane that flows are tried on: disconnected parts, sharp edges, thin curves.
+"""Toy data on the plane: disconnected parts, sharp edges, thin curves.
 
-`TOYS[name]` draws points `(num, 2)` with torch's random numbers, in the default dtype or the one asked for, and knows the
-entropy -E log p in nats where there is one in closed form or by quadrature: no density has a lower negative
-log-likelihood on average, and KL(data ‖ density) is the negative log-likelihood minus it. Where the density of the data is simple,
-`log_prob` gives it.
+`TOYS[name]` draws points `(num, 2)`, and has the entropy -E log p in nats if it is known in closed form or by quadrature. The
+entropy is the lowest achievable negative log-likelihood; the excess over it is KL(data ‖ density). `log_prob` is the density
+of the data if it is simple.
 
-Sources: Dinh, Sohl-Dickstein & Bengio 2017 (moons); Grathwohl et al. 2019, FFJORD (eight Gaussians, checkerboard); Durkan,
+References: Dinh, Sohl-Dickstein & Bengio 2017 (moons); Grathwohl et al. 2019, FFJORD (eight Gaussians, checkerboard); Durkan,
 Bekasov, Murray & Papamakarios 2019, Neural Spline Flows (crescent, sine wave, abs, sign); Cornish et al. 2020 (uniforms,
 annulus, lines, split Gaussian).
 """

@@ -62,7 +62,7 @@ class MADE(nn.Module):
         self.register_buffer("order", torch.tensor(order))
 
         position = self.order.argsort()
-        # Without a context, a unit that sees no variable would be a constant.
+        # Without a context, a unit without inputs would be a constant.
         lowest = 0 if context_dim or D == 1 else 1
         layers: list[MaskedLinear] = []
         degrees = position + 1
@@ -101,7 +101,7 @@ class MADE(nn.Module):
                 h = h + a if self.residual and a.shape[-1] == h.shape[-1] else a
             if rest:
                 h = F.linear(h, *rest[-1])
-            # Parameters before variables: what is done to one parameter of all variables runs over contiguous memory.
+            # Parameters before variables: an operation on one parameter of all variables then has contiguous memory.
             return h.unflatten(-1, (self.num_params, -1))
 
         return run
@@ -112,7 +112,7 @@ class MADE(nn.Module):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear map in which output o sees input i when `out_degrees[o] >= in_degrees[i]`."""
+    """A linear map in which output o depends on input i if `out_degrees[o] >= in_degrees[i]`."""
 
     mask: Tensor
 

@@ -16,7 +16,7 @@ class MLP(nn.Sequential):
         hidden_dims: widths of the hidden layers; `()` for a linear map.
         activation: makes the activations.
         context_dim: size of a context `(*, context_dim)` that is joined to x, broadcast against it.
-        zero_last: whether the last layer starts at zero, and with it the parameters that the output stands for.
+        zero_last: whether the last layer starts at zero, and with it the parameters that are its output.
 
     Example:
         >>> MLP(3, 2, context_dim=1)(torch.zeros(5, 3), torch.zeros(1)).shape

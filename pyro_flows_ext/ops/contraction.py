@@ -21,7 +21,7 @@ NEWTON_DIM = 16
 FIXED_STEPS = 10
 # How often a Newton step is halved before a plain one takes its place.
 HALVINGS = 5
-# Differences that Anderson acceleration remembers.
+# Number of differences that Anderson acceleration keeps.
 HISTORY = 5
 # A residual below this many units in the last place is zero.
 TOLERANCE = 4
@@ -33,7 +33,7 @@ Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 def contraction_inverse(g: Linearizable, y: Tensor, lipschitz: float, event_dim: int = 1) -> Tensor:
     """Returns the x with x + g(x) = y, for a contraction g.
 
-    Events of up to 16 numbers, and all events where Python may not look at values (see `may_branch_on`), are solved by
+    Events of up to 16 numbers, and all events where Python cannot branch on values (see `may_branch_on`), are solved by
     Newton's method with D x D Jacobians, with derivatives to second order. Larger events are solved by Anderson
     acceleration, with a gradient by the implicit function theorem that keeps one graph of g and has no derivative. Both
     are safeguarded by plain steps x <- y - g(x). A row that is not finite stays so, and holds up no other.

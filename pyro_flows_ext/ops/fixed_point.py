@@ -24,7 +24,7 @@ def triangular_fixed_point(step: Step, start: Tensor, max_sweeps: int) -> tuple[
     when nothing changes, which is much earlier where the variables depend on each other weakly. With A = ∂g/∂x and
     B = ∂aux/∂x, cotangents v of x and u of aux reach g as w = v + Aᵀw + Bᵀu, a triangular fixed point again: one step
     keeps its graph, and the backward pass takes at most D products with it. Cost: 2 to `max_sweeps` steps, and one more
-    with a graph. Where Python may not look at values (see `may_branch_on`), all `max_sweeps` steps have a graph, and
+    with a graph. Where Python cannot branch on values (see `may_branch_on`), all `max_sweeps` steps have a graph, and
     derivatives of any order exist.
 
     Args:

@@ -1,6 +1,6 @@
 """Roots of monotone functions: bracketed Newton, with derivatives by the implicit function theorem.
 
-A root is found without a graph and then polished by two Newton steps that autograd sees. One such step carries
+A root is found without a graph and then polished by two Newton steps with a graph. One such step carries
 the exact first derivative (it *is* the implicit function theorem), two carry derivatives up to the third order:
 k Newton steps agree with the root to order 2^k - 1 in its parameters. Nothing here is a custom autograd function,
 so roots work under `torch.func`, `torch.compile(fullgraph=True)` and double backward alike.
@@ -29,7 +29,7 @@ FIXED_DOUBLINGS = 12
 
 
 def may_branch_on(x: Tensor) -> bool:
-    """Whether Python may look at the values of `x`: False when compiling, tracing, under vmap, on meta and fake."""
+    """Whether Python can branch on the values of `x`: False when compiling, tracing, under vmap, on meta and fake."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -74,7 +74,7 @@ def monotone_root(
 def increasing_root(f: ValueAndSlope, start: Tensor) -> Tensor:
     """Returns the root of an increasing function of the whole real line, elementwise.
 
-    As `monotone_root`, with a bracket around `start` that doubles until the sign changes. Where Python may not look at
+    As `monotone_root`, with a bracket around `start` that doubles until the sign changes. Where Python cannot branch on
     values (see `may_branch_on`), the bracket reaches 2¹² to either side.
 
     Args:

@@ -55,7 +55,7 @@ def rq_spline(
     raw = raw[(None,) * (x.dim() + 1 - raw.dim())]
     knots, raw_slopes = _knots(raw, num_bins, bound)
 
-    # A value in the tails goes through the spline as ±bound: what autograd multiplies by zero must be finite.
+    # A value in the tails passes the spline as ±bound: autograd multiplies its gradient by zero, and it must be finite.
     inside = x.abs() < bound
     z = x.clamp(-bound, bound)
     k = (z >= knots[1 if inverse else 0, 1:-1]).sum(0)

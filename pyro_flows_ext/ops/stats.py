@@ -9,7 +9,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-# Fewer distinct values than this in the tail say nothing about its shape.
+# The shape of a tail is not estimated from fewer distinct values than this.
 MIN_TAIL = 5
 # Weights that differ by no more than this many units in the last place of their largest logarithm are one constant
 # with rounding noise; the shape of that noise is not a property of the guide.
@@ -59,7 +59,7 @@ def pareto_smooth(log_weights: Tensor, *, magnitude: float = 0.0) -> tuple[Tenso
     """Replaces the largest min(S / 5, 3 √S) importance weights by quantiles of a generalised Pareto fitted to them (PSIS).
 
     The weights have 1 / k finite moments; their mean is a usable estimate while k-hat < min(1 - 1 / log10(S), 0.7).
-    Where no tail can be fitted, the weights are returned unchanged, and k-hat is -inf for a tail that is constant up to
+    If no tail can be fitted, the weights are returned unchanged, and k-hat is -inf for a tail that is constant up to
     rounding; +inf with fewer than five draws in the tail, so always for S <= 20; NaN where
     a weight is NaN or +inf, or all are zero. Weights of zero (-inf) count as draws. Arithmetic is in float64; O(S log S).
 
@@ -101,7 +101,7 @@ def pareto_smooth(log_weights: Tensor, *, magnitude: float = 0.0) -> tuple[Tenso
         return log_weights, raw.new_tensor(-math.inf)
 
     x = raw[order] - largest
-    # Weights that underflow beside the largest one are not told apart; the paper's tail starts above them.
+    # Weights that underflow relative to the largest one are equal; the paper's tail starts above them.
     cutoff = x[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
     tail = x[x > cutoff]
     if len(tail) < MIN_TAIL:

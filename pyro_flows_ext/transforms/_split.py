@@ -92,9 +92,9 @@ class AxisSplit(Split):
 
 
 class PixelSplit(Split):
-    """Any mask over an image: the network sees the image with zeros for what is to be transformed.
+    """Any mask over an image: the network's input is the image with zeros at the elements to transform.
 
-    It gives parameters for all elements, of which those for what passes go unused.
+    Its output has parameters for all elements; those of the elements that pass are unused.
     """
 
     def __init__(self, passes: Sequence[bool], shape: Sequence[int]):
@@ -102,7 +102,7 @@ class PixelSplit(Split):
         self.seen = self.transformed = tuple(shape)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # What passes may be anything; what is computed in its place, and thrown away, must have finite gradients.
+        # The map is computed at the elements that pass too, and discarded there: at zero its gradients are finite.
         return torch.where(self.mask, x, 0.0), torch.where(self.mask, 0.0, x).flatten(-3)
 
     def join(self, seen: Tensor, value: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class PixelSplit(Split):
 
 
 def make_split(mask: Mask, shape: Sequence[int], flip: bool) -> Split:
-    """The split of an event of `shape`; by channel where the mask goes by channel."""
+    """The split of an event of `shape`; by channel if the mask is by channel."""
     passes = passed_elements(mask, shape, flip)
     step = len(passes) // shape[0]
     by_axis = [p for p in passes[::step] for _ in range(step)]

@@ -69,7 +69,7 @@ class Whitening(FlowTransform):
 
     Args:
         loc: `(D)`.
-        scale_tril: `(D, D)`, with a positive diagonal; what lies above the diagonal is ignored.
+        scale_tril: `(D, D)`, with a positive diagonal; elements above the diagonal are ignored.
 
     Raises:
         ValueError: if shapes do not fit, values are not finite, or the diagonal is not positive.

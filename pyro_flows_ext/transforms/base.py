@@ -124,7 +124,7 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
 
     @property
     def sign(self) -> int:
-        """The sign of the Jacobian determinant: +1 unless a family says otherwise, 0 where it is not known."""
+        """The sign of the Jacobian determinant: +1 unless overridden, 0 if it is not known."""
         return 1
 
     @property

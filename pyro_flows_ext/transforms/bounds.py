@@ -13,7 +13,7 @@ from torch import Tensor
 MIN_SLOPE = 1e-3
 
 # Without a bound one stray activation of 20 scales by e²⁰, and a stack of layers overflows, or in float32 cannot be
-# inverted. With this one a layer neither stretches nor shrinks more than the thousandfold that MIN_SLOPE stands for.
+# inverted. With this bound a layer stretches or shrinks at most a thousandfold, as MIN_SLOPE.
 MAX_LOG_SCALE = -math.log(MIN_SLOPE)
 
 

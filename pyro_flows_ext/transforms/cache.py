@@ -52,11 +52,11 @@ class _Entry(NamedTuple):
 class PassCache:
     """Holds one pass (x, y, ladj) of one transform.
 
-    The output of the pass is held weakly and frees the entry when it dies; the input is held strongly, because in a
-    chain of transforms it is the output of the one before and nobody else may hold it. A hit needs the same tensor
+    The output of the pass is held weakly and frees the entry when it is collected. The input is held strongly: in a
+    chain of transforms it is the output of the previous one, and may have no other reference. A hit needs the same tensor
     objects, unchanged in place, the same parameters and buffers at the same versions, no optimizer step and no
-    backward pass in between, and the same grad and training modes. One way past all of that remains: writing
-    `parameter.data` by hand, outside an optimizer; call `transform.clear_cache()` after doing so.
+    backward pass in between, and the same grad and training modes. Writes to `parameter.data` by hand, outside an
+    optimizer, are not detected: call `transform.clear_cache()` after them.
     """
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ class ComposeFlow(FlowTransform):
                 raise TypeError(f"parts: expected FlowTransforms, got a {type(part).__name__}")
         self.parts = nn.ModuleList(parts)
         self.context_dim = common_context_dim(parts)
-        # Constant for the life of the chain, and asked for at every pass.
+        # Constant for the life of the chain, and needed at every pass.
         self._outer_dims = _outer_dims(parts)
         self.batch_shape = self._find_batch_shape(parts)
         self._keeps_shape = all(map(_keeps_shape, parts))

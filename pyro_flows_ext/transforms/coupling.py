@@ -39,11 +39,11 @@ class Coupling(FlowTransform):
             with one block for each entry, all equal (`(32, 32)`). Its last layer starts at zero, and the transform at g(·; 0).
         transformer: g; `Affine()` by default. See `Transformer`.
         mask: True for the elements that pass: booleans of the shape of the event, "half" (the first D // 2) or
-            "alternating" (0, 2, 4, ...); for images these two go by channel, and "checkerboard" goes by pixel.
+            "alternating" (0, 2, 4, ...); for images these two are by channel, and "checkerboard" by pixel.
         flip: swaps the two roles.
         net: a module `(*, passed + context_dim) -> (*, P · transformed)` in place of the default: the first
-            parameter of every θ_i, then the second, and so on. For images it maps channels; with a mask that does not
-            go by channel, it sees zeros for what is transformed, and its output for the rest is ignored.
+            parameter of every θ_i, then the second, and so on. For images it maps channels; with a mask that is not
+            by channel, its input has zeros at the elements to transform, and its output for the rest is ignored.
         activation: of the default network.
         context_dim: number of context variables that the network reads.
 

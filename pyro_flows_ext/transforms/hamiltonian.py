@@ -150,7 +150,7 @@ class Leapfrog(FlowTransform):
         return lambda z: _gradient(energy, z), z, momentum
 
     def _schedule(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
-        """What multiplies the K + 1 gradients and the K momenta, each `(*, D)`, and log α `(*, K)`.
+        """The factors of the K + 1 gradients and of the K momenta, each `(*, D)`, and log α `(*, K)`.
 
         The half step that ends one step and the one that begins the next share their gradient.
         """

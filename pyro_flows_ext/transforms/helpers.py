@@ -1,4 +1,4 @@
-"""The helpers that Pyro has under the same names, for readers who know them from `pyro.distributions.transforms`.
+"""The helpers that Pyro has under the same names in `pyro.distributions.transforms`.
 
 Each makes one transform of this package: the dimension comes first, in the conditional ones the size of the context second.
 `pyro.distributions.transforms.iterated` takes any of them.

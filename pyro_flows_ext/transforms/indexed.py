@@ -1,4 +1,4 @@
-"""Continuously indexed transforms: a family of maps around one, told apart by an index u (Cornish et al. 2020)."""
+"""Continuously indexed transforms: a family of maps around one transform, with an index u (Cornish et al. 2020)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class IndexedTransform(ConditionalTransformModule):
         activation: of that network.
         context_dim: number of further context variables, which the network reads beside u, and which f is
             conditioned on if it takes a context.
-        input_dim: D or C, where f has no attribute of that name.
+        input_dim: D or C, if f has no attribute of that name.
 
     Raises:
         TypeError: if `transform` is not a `FlowTransform`.

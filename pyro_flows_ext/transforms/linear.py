@@ -179,7 +179,7 @@ class HouseholderLinear(FlowTransform):
     """y = H_1 ... H_K x with H_i = I - 2 v_i v_iᵀ / ‖v_i‖²: an orthogonal map, so log|det| = 0.
 
     Starts as `QRLinear` does. The transpose is the inverse. `sign` `(*)` is a tensor: (-1)^K unless some v_i is zero,
-    which reflects nothing, and only the values can tell.
+    which reflects nothing.
 
     Parameters: `v` `(K, D)`, one reflection a row. Cost: O(K² D) a pass and O(KD) a row in both directions: all K
     reflections are taken in one piece, not in turn.
@@ -246,7 +246,7 @@ def _positive_diagonal(raw: Tensor) -> tuple[Tensor, Tensor]:
 def _apply(
     product: Callable[[Tensor], Tensor], x: Tensor, bias: Tensor | None, *, may_form: bool
 ) -> Tensor:
-    """W x + b for `product`, a chain of matrices, multiplied out first where that pays: see `FORM_ABOVE`."""
+    """W x + b for `product`, a chain of matrices, multiplied out first if that is cheaper: see `FORM_ABOVE`."""
     D = x.shape[-1]
     if may_form and x.numel() >= max(4 * D * D, FORM_ABOVE):
         W = product(torch.eye(D, dtype=x.dtype, device=x.device)).mT
@@ -256,7 +256,7 @@ def _apply(
 
 
 def _orthogonal(V: Tensor, x: Tensor, *, transpose: bool) -> Tensor:
-    """Q x, or Qᵀ x: see `ops.linalg.reflect`. Q itself is worth forming when a product with V twice costs more than one with Q."""
+    """Q x, or Qᵀ x: see `ops.linalg.reflect`. Forms Q if two products with V cost more than one with Q."""
     K, D = V.shape[-2:]
     may_form = V.dim() == 2 and 2 * K > D
     return _apply(lambda rows: reflect(V, rows, transpose=transpose), x, None, may_form=may_form)

@@ -149,7 +149,7 @@ class MultiScale(FlowTransform):
         return 0  # the parity of what is moved depends on the masks
 
     def kept(self, i: int) -> Tensor:
-        """Returns the flat positions of the elements that stay after level i, in the shape of the image that goes on."""
+        """Returns the flat positions of the elements that stay after level i, in the shape of the next level's image."""
         return getattr(self, f"keep_{i}")  # type: ignore[no-any-return]
 
     def _leave(self, i: int) -> Tensor:

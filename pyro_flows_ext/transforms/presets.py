@@ -312,7 +312,7 @@ class Preset:
         make: `make(D, num_layers=K, context_dim=C, **options)` returns the `FlowTransform` from base to data.
         num_layers: K of a density.
         guide_layers: K of a guide, whose gradients are noisier than those of a density.
-        description: what its layers are.
+        description: of its layers.
         is_pushing: whether the cheap pass of `make` is the one from base to data; a density then uses the inverse
             orientation, so that training, which scores data, takes it.
         guide_options: further options of a guide.

@@ -29,7 +29,7 @@ from ..ops import (
 )
 from .base import IMAGE, FlowTransform
 
-# Up to this dimension the log-det is exact in eval mode unless somebody says otherwise.
+# Up to this dimension the log-det is exact in eval mode by default.
 EXACT_DIM = 16
 
 

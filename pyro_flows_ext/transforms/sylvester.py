@@ -25,7 +25,7 @@ class SylvesterOptions(TypedDict, total=False):
 
 
 class Sylvester(LowRankTanh):
-    """y = x + Q R tanh(R̃ Qᵀx + b), `num_layers` times in a row: what the three kinds share.
+    """y = x + Q R tanh(R̃ Qᵀx + b), `num_layers` times in a row: the common base of the three kinds.
 
     log|det| = Σ_i log(1 + R_ii R̃_ii (1 - tanh²(R̃Qᵀx + b)_i)), exact. Q `(D, M)` has orthonormal columns; R and R̃
     are upper triangular, and the tanh on both diagonals keeps R_ii R̃_ii > -1 for any parameter value. Starts near
@@ -224,5 +224,7 @@ def sylvester(
     if kind == "householder":
         return HouseholderSylvester(input_dim, num_reflections=num_reflections, **options)
     if num_reflections is not None:
-        raise ValueError(f'num_reflections goes with kind="householder", not with {kind!r}')
+        raise ValueError(
+            f'num_reflections: expected None unless kind="householder", got kind={kind!r}'
+        )
     return _KINDS[kind](input_dim, **options)

@@ -97,9 +97,9 @@ class Affine(Transformer):
 class RationalQuadratic(Transformer):
     """A monotone rational-quadratic spline: `num_bins` K bins on [-bound, bound], the identity outside.
 
-    3K - 1 parameters an element, both directions in closed form: see `ops.rq_spline`. The default of ±5 holds a
-    standard normal variable and room for the tails of one that is not: a flow that learns standardised data fits
-    skewed and heavy-tailed ones better with it than with ±3, since values beyond the bound cannot move.
+    3K - 1 parameters an element, both directions in closed form: see `ops.rq_spline`. The default of ±5
+    contains a standard normal variable, with room for heavier tails: standardised data that are skewed or heavy-tailed
+    are fitted better than with ±3, since values beyond the bound do not move.
 
     Args:
         num_bins: K.
