@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 
+from ..distributions import check_guide_site
 from .latents import read_latent
 from .traces import Program, Site, is_delta, is_latent, latent_sites, nesting_of, sample_sites
 
@@ -46,13 +47,19 @@ def check_marginalised(name: str, site: Site) -> None:
 
 
 def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
-    """Raises `ValueError` unless the guide draws exactly the latents of the model that are not enumerated."""
+    """Raises `ValueError` unless the guide draws exactly the latents of the model that are not enumerated.
+
+    A density that is a bound cannot be a site of the guide.
+    """
     for name, site in sample_sites(model_trace):
         if is_latent(site) and name not in guide_trace.nodes:
             check_marginalised(name, site)
     for name, site in sample_sites(guide_trace):
         in_model = model_trace.nodes.get(name)
-        if not is_latent(site) or site["infer"].get("is_auxiliary"):
+        if not is_latent(site):
+            continue
+        check_guide_site(name, site["fn"])
+        if site["infer"].get("is_auxiliary"):
             continue
         if in_model is None:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 
+from pyro_flows_ext import flows
 from pyro_flows_ext.guides import (
     AutoAmortizedFlow,
     AutoCIF,
@@ -218,4 +219,17 @@ def test_a_latent_of_the_guide_alone_is_refused():
         pyro.sample("extra", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match="latent 'extra' of the guide is not in the model"):
+        draw_particles(model, guide, num_samples=10)
+
+
+def test_a_bound_is_refused_as_a_site_of_the_guide():
+    density = flows.CIF(2)
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide():
+        pyro.sample("z", density)
+
+    with pytest.raises(ValueError, match="log_prob of ContinuouslyIndexedFlow is a lower bound"):
         draw_particles(model, guide, num_samples=10)

@@ -17,10 +17,16 @@ from ...transforms import ActNorm
 from .rows import HEAD_ROWS, Batch, Rows, Stream
 
 CHUNK = 65_536
-# Scales within two decades of one, and means within a hundred scales, are what the layers' initial values are made for.
-LEAST_SCALE, LARGEST_SCALE, LARGEST_MEAN = 1e-2, 1e2, 1e2
-# Columns whose scales differ by more than this are standardised although each is within the range above.
+# Splines are the identity beyond a few units, and affine layers start near it: "auto" standardises columns whose scale or
+# mean is off by more than this factor. Training copes with a factor of `FAR`, beyond which data left as they are are
+# warned of.
+OFF, FAR = 3.0, 100.0
+# Scales of columns that differ by more than this are likewise far.
 LARGEST_RATIO = 1e3
+# Share of the variance of standardised columns below which a combination of them is constant to rounding.
+NO_VARIANCE = 1e-10
+# Columns above which the search for such combinations is left out: it takes D³ operations.
+MANY_COLUMNS = 256
 # Rows that ActNorms start from.
 INITIAL_ROWS = 2000
 # A column of fewer distinct values than one in this many rows repeats them: real numbers hardly ever do.
@@ -100,7 +106,7 @@ def check_finite(
 
 
 def warn_of_discrete(name: str, density: Density, rows: Rows, moments: Moments) -> None:
-    """Warns of columns that are constant, whole numbers or few distinct values: a density is unbounded on them."""
+    """Warns of columns on which a density is unbounded: constant, repeated or whole numbers, linearly dependent ones."""
     if any(isinstance(part, Dequantized) for part in density.modules()):
         return
     values = rows.head(HEAD_ROWS).values
@@ -108,11 +114,13 @@ def warn_of_discrete(name: str, density: Density, rows: Rows, moments: Moments) 
         return
     constant = moments.sd <= 1e-12 * moments.mean.abs()
     repeated = _repeats(values, moments.sd) & ~constant
+    dependent = _dependent(values, moments) & ~constant & ~repeated
     parts = [
         _listed(mask, rows.columns, kind)
         for mask, kind in (
             (constant, "constant"),
             (repeated, "whole numbers or few distinct values"),
+            (dependent, "linear combinations of one another"),
         )
         if bool(mask.any())
     ]
@@ -146,6 +154,19 @@ def _repeats(values: Tensor, sd: Tensor) -> Tensor:
     return (whole | (distinct * REPEATS <= len(values))).to(sd.device)
 
 
+def _dependent(values: Tensor, moments: Moments) -> Tensor:
+    """Which columns of `(N, D)` enter a linear combination that does not vary."""
+    num_columns = values.shape[1]
+    none = torch.zeros(num_columns, dtype=torch.bool, device=moments.sd.device)
+    if num_columns > MANY_COLUMNS or len(values) < max(MIN_ROWS, 2 * num_columns):
+        return none
+    z = (values.to(moments.mean) - moments.mean) / _positive(moments.sd)
+    variances, directions = torch.linalg.eigh(z.mT @ z / len(z))
+    scale = variances.max().clamp(min=1.0)
+    fixed = directions[:, variances < NO_VARIANCE * scale]
+    return (fixed.abs() > 1e-3).any(-1) if fixed.shape[1] else none
+
+
 def _listed(mask: Tensor, columns: list[str] | None, kind: str) -> str:
     numbers = mask.nonzero().flatten().tolist()
     names = [repr(columns[i]) if columns else str(i) for i in numbers[:5]]
@@ -161,7 +182,7 @@ def standardize(
 ) -> None:
     """Sets the units of a density and of its context by the moments of the data.
 
-    "auto": where the data are far from unit scale, the density is of all real numbers, and its layers do better so.
+    "auto": where the data are off unit scale, the density is of all real numbers, and its layers do better so.
     """
     like = next(density.parameters())
     if moments.mean.dim() == 3:
@@ -178,10 +199,10 @@ def standardize(
         context is not None
         and isinstance(density, FlowDistribution)
         and density.context_standardization is None
-        and (how is True or is_far(context))
+        and (how is True or is_off(context, OFF))
     ):
         density.standardize_context(context.mean, _positive(context.sd))
-    if density.standardization is not None or (how == "auto" and not is_far(moments)):
+    if density.standardization is not None or (how == "auto" and not is_off(moments, OFF)):
         _check_resolution(moments, like.dtype)
         return
     try:
@@ -218,10 +239,10 @@ def initialize(density: Density, rows: Rows) -> None:
     images.initialize(values)
 
 
-def is_far(moments: Moments) -> bool:
-    """Whether a column is far from zero mean and unit scale, or the columns' scales from one another."""
+def is_off(moments: Moments, factor: float) -> bool:
+    """Whether a column is off zero mean and unit scale by a factor, or the columns' scales are far from one another."""
     sd = _positive(moments.sd)
-    far = (sd < LEAST_SCALE) | (sd > LARGEST_SCALE) | (moments.mean.abs() > LARGEST_MEAN)
+    far = (sd < 1 / factor) | (sd > factor) | (moments.mean.abs() > factor)
     return bool(far.any()) or bool(sd.max() > LARGEST_RATIO * sd.min())
 
 
@@ -247,7 +268,7 @@ def _positive(sd: Tensor) -> Tensor:
 
 
 def _warn_of_scales(moments: Moments, advice: str) -> None:
-    if is_far(moments):
+    if is_off(moments, FAR):
         sd = _positive(moments.sd)
         warnings.warn(
             f"data: expected columns near zero mean and unit scale, got standard deviations from {sd.min():.2g} to "

@@ -62,7 +62,7 @@ def fit_density(
         weights: `(N)`, the weight of each row in the loss.
         validation: the share of rows to hold out, rows, a pair (rows, context), a dataset or loader, or None.
         standardize: whether `density.standardize` gets the moments of the data, and its context those of `context`;
-            "auto": where scales are far from 1 or differ by more than 1000.
+            "auto": where a scale or a mean is off by a factor of 3, or scales differ by more than 1000.
         batch_size, num_steps, lr, schedule, final_lr: the rate falls from `lr` to `final_lr * lr`.
         optim: makes another optimizer than Adam from the parameters.
         scheduler: makes a `torch.optim.lr_scheduler` from the optimizer, in place of `schedule`; stepped after every

@@ -125,6 +125,13 @@ def test_a_dtype_too_coarse_for_the_data_is_warned_of():
     fit_density(flow().double(), data, **{**OPTIONS, "num_steps": 2})
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(50.0, True), (2.0, False)])
+def test_columns_wider_than_the_layers_are_standardised(scale, expected):
+    density = flow()
+    fit_density(density, scale * torch.randn(500, 2), **{**OPTIONS, "num_steps": 2})
+    assert (density.standardization is not None) == expected
+
+
 # --- values that repeat ---
 
 
@@ -139,6 +146,8 @@ WARNED = {
     "two": (torch.stack([torch.randn(200), 0.5 * torch.randint(0, 2, (200,))], -1), "column 1 of whole numbers or few"),
     "constant": (torch.stack([torch.randn(200), torch.full((200,), 3.5)], -1), "column 1 of constant"),
     "one row": (torch.tensor([[0.5, 1.5]]), "columns 0, 1 of constant"),
+    "twice": (torch.randn(200, 1) * torch.tensor([1.0, -2.0]), "columns 0, 1 of linear combinations"),
+    "sum": ((torch.randn(200, 3) * 50).cumsum(1) @ torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 1]]), "columns 0, 2, 3 of linear"),
     "mask": (torch.randint(0, 2, (200, 2)).bool(), "columns 0, 1 of whole"),
 }  # fmt: skip
 
@@ -147,10 +156,11 @@ WARNED = {
 def test_values_that_repeat_are_warned_of(name):
     data, message = WARNED[name]
     with pytest.warns(UserWarning, match=message):
-        fit_density(flow(), data, **{**OPTIONS, "num_steps": 2})
+        fit_density(flow(data.shape[1]), data, **{**OPTIONS, "num_steps": 2})
 
 
 NOT_WARNED = {
+    "correlated": torch.randn(200, 1) + 1e-3 * torch.randn(200, 2),
     "real": torch.randn(200, 2),
     "huge": torch.randn(200, 2) * 1e8,  # all whole in single precision
     "rounded": torch.randn(200, 2).round(decimals=2),
