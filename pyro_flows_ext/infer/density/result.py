@@ -13,6 +13,9 @@ from ...distributions import Density
 from .rows import Rows
 from .run import Run
 
+# Steps whose mean loss is printed where there are no validation data.
+LAST_STEPS = 50
+
 
 @dataclass(frozen=True)
 class DensityFitResult:
@@ -32,9 +35,9 @@ class DensityFitResult:
         columns, context_columns: names of the columns of DataFrames, or None.
     """
 
-    losses: Tensor
-    validation_steps: Tensor
-    validation_losses: Tensor
+    losses: Tensor = field(repr=False)
+    validation_steps: Tensor = field(repr=False)
+    validation_losses: Tensor = field(repr=False)
     best_step: int
     best_loss: float
     stopped_early: bool
@@ -46,6 +49,21 @@ class DensityFitResult:
     interrupted: bool = False
     columns: list[str] | None = None
     context_columns: list[str] | None = None
+
+    def __str__(self) -> str:
+        if len(self.validation_losses):
+            what = f"validation loss {self.best_loss:.4g} nats a row at step {self.best_step} of {self.steps}"
+        else:
+            last = self.losses[-LAST_STEPS:].nanmean().item()
+            what = f"loss {last:.4g} nats a row, the mean of the last of {self.steps} steps; no validation data"
+        notes = [f"{self.seconds:.1f} s"]
+        if self.stopped_early:
+            notes.append("interrupted" if self.interrupted else "stopped early")
+        if self.skipped_steps:
+            notes.append(
+                f"{self.skipped_steps} steps skipped, as their loss or gradient was not finite"
+            )
+        return f"{what} ({'; '.join(notes)})"
 
     def summary(self) -> Any:
         """The evaluations as a `pandas.DataFrame`: step, mean loss since the last one, validation loss."""

@@ -17,7 +17,7 @@ from pyro_flows_ext.distributions import (
     FlowDistribution,
     NestedDropoutFlow,
 )
-from pyro_flows_ext.flows import RealNVP
+from pyro_flows_ext.flows import Planar, RealNVP
 from pyro_flows_ext.infer import fit_density
 
 TRUTH = dist.MultivariateNormal(
@@ -380,3 +380,14 @@ def test_a_run_that_breaks_keeps_the_best_parameters():
     assert 0 < result.best_step <= 50
     assert (result.steps, result.stopped_early) == (150, True)
     assert all(p.isfinite().all() for p in density.parameters())
+
+
+def test_a_result_is_printed_in_one_line():
+    options = {"num_steps": 4, "batch_size": 50, "seed": 0, "progress": False}
+    x = torch.randn(200, 2)
+    result = fit_density(Planar(2), x, validation=0.1, **options)
+    line = f"validation loss {result.best_loss:.4g} nats a row at step {result.best_step} of 4"
+    assert str(result).startswith(line)
+    assert "tensor" not in repr(result)
+    without = fit_density(Planar(2), x, validation=None, **options)
+    assert "no validation data" in str(without)
