@@ -19,7 +19,6 @@ from ...files import remove_unfinished
 from ...guides import AutoAmortizedFlow, AutoFlow
 from ...guides.base import FlowGuide
 from ...programs import (
-    ERRORS,
     LogJoint,
     Program,
     check_finite_log_joint,
@@ -34,7 +33,7 @@ from ...programs import (
 from .._loop import OptimFactory, check_settings, seeded
 from ..elbo import ImportanceWeightedELBO
 from ..importance import model_first
-from ..warm_start import DenseGaussian, WarmStart, find_gaussian
+from ..warm_start import whiten_at_posterior
 from .objectives import ELBOObjective, Objective, PathObjective
 from .posterior import FlowPosterior, GuidePosterior, Posterior
 from .result import FitResult
@@ -44,8 +43,6 @@ from .run import Options, Run
 # Particles of a step: in one pass, one by one, and where one pass of all takes longer than the seconds below.
 PARTICLES, PARTICLES_IN_A_LOOP, PARTICLES_OF_DEAR_MODELS = 64, 8, 16
 DEAR_SECONDS = 0.2
-# Points around the start and draws of the prior from which modes are searched.
-NUM_PRIOR, NUM_AROUND, SPREAD = 4, 3, 2.0
 # Above this many numbers no chain runs: such guides are amortized ones in all but name.
 MAX_CHAIN_DIM = 3000
 
@@ -131,7 +128,8 @@ def fit(
             wanted = is_new or guide.is_untrained if warm_start == "auto" else bool(warm_start)
             if wanted:
                 run.announce("warm start")
-                run.warm_start = _warm_start(model, guide, args, kwargs, log_joint)
+                found = log_joint or LogJoint(model, args, kwargs, latents=guide.latents)
+                run.warm_start = whiten_at_posterior(found, guide)
         run.prepare(
             _objective(model, guide, args, kwargs, log_joint, loss, num_particles, options),
             _posterior(model, guide, args, kwargs, log_joint, single),
@@ -179,32 +177,6 @@ def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     with torch.no_grad(), poutine.block():
         guide(*args, **kwargs)
     return True
-
-
-def _warm_start(
-    model: Program,
-    guide: FlowGuide,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    log_joint: LogJoint | None,
-) -> WarmStart:
-    if log_joint is None:
-        log_joint = LogJoint(model, args, kwargs, latents=guide.latents)
-    whitening = guide.whitening
-    start = DenseGaussian(whitening.loc.clone(), whitening.scale_tril.clone())
-    found = find_gaussian(log_joint, start, overdispersed=_overdispersed(log_joint, start.loc))
-    guide.whiten(found.gaussian.loc, found.gaussian.scale_tril)
-    return found
-
-
-def _overdispersed(log_joint: LogJoint, loc: torch.Tensor) -> torch.Tensor | None:
-    """Points from which modes are searched: around the start, as wide as Stan's, and where the prior draws."""
-    around = loc + SPREAD * (2 * torch.rand(NUM_AROUND, len(loc)).to(loc) - 1)
-    try:
-        drawn = log_joint.draw_prior(NUM_PRIOR)
-    except ERRORS:  # improper priors cannot be drawn from, and a model may reject its own draws
-        return around
-    return torch.cat([drawn.to(loc), around])
 
 
 def _objective(

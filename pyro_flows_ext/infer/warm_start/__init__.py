@@ -4,7 +4,7 @@ from .gaussian import DenseGaussian, Gaussian, LowRankGaussian
 from .modes import Mode
 from .search import WarmStart, find_gaussian
 from .target import Target
-from .whiten import warm_start
+from .whiten import warm_start, whiten_at_posterior
 
 __all__ = [
     "DenseGaussian",
@@ -15,4 +15,5 @@ __all__ = [
     "WarmStart",
     "find_gaussian",
     "warm_start",
+    "whiten_at_posterior",
 ]

@@ -33,6 +33,8 @@ LEVEL_VARIANCE = 0.02
 # a dense scale has more entries than stochastic gradients learn in a short run: a diagonal is learned.
 MAX_DENSE, MAX_FULL_RANK = 600, 150
 NUM_DIAGONAL_STEPS, DIAGONAL_DRAWS = 600, 32
+# The mean-field run of many latents: its gradients have little noise near the optimum, so that a few draws do.
+MEAN_FIELD_STEPS, MEAN_FIELD_DRAWS, MEAN_FIELD_RATE, MEAN_FIELD_SCALE = 200, 8, 0.1, 0.1
 # Fewer steps than this only add noise.
 LEAST_STEPS = 10
 DEFAULT_BUDGET = 20.0
@@ -68,6 +70,7 @@ class Plan:
     step_draws: int
     num_steps: int
     with_hessian: bool
+    with_curvature: bool
 
     @staticmethod
     def make(target: MeasuredTarget, budget: float) -> Plan:
@@ -81,6 +84,8 @@ class Plan:
         starts = 2 if NUM_BATCHES * seconds(2 * num_draws) <= 0.4 * budget else 1
         batches = int(0.4 * budget / seconds(starts * num_draws))
         steps = int(0.4 * budget / seconds(STEP_DRAWS))
+        # Second derivatives take some three times as long as first ones.
+        hessian = 3 * seconds(D) if D <= MAX_DENSE else math.inf
         return Plan(
             num_climbs=climbs,
             climb_evaluations=max(30, min(CLIMB_EVALUATIONS, int(budget / 5 / seconds(climbs)))),
@@ -89,8 +94,8 @@ class Plan:
             num_batches=max(4, min(NUM_BATCHES, batches)),
             step_draws=STEP_DRAWS,
             num_steps=min(NUM_STEPS, steps),
-            # Second derivatives take some three times as long as first ones.
-            with_hessian=D <= MAX_DENSE and 3 * seconds(D) <= 0.1 * budget,
+            with_hessian=hessian <= 0.1 * budget,
+            with_curvature=hessian <= 0.4 * budget,
         )
 
 
@@ -166,8 +171,8 @@ class _Search:
             self.target.measure(self.start.loc, STEP_DRAWS)
             self.plan = Plan.make(self.target, self.budget)
             self._climb()
-            if self.target.dim > MAX_DENSE:
-                self._fit_diagonal()
+            if self.target.dim > MAX_FULL_RANK:
+                self._run_many_latents()
             else:
                 self._batch_and_match()
                 self._polish()
@@ -264,6 +269,33 @@ class _Search:
         if len(difference) < 2:
             return gain, 0.0
         return gain, float(difference.std()) / math.sqrt(len(difference))
+
+    def _run_many_latents(self) -> None:
+        """A mean-field Gaussian, and the curvature at its mean, once, where that can be afforded.
+
+        Modes of hierarchical models with hundreds of latents lie far from the mass, and batches smaller than the dimension do not
+        determine a covariance.
+        """
+        plan, target = self.plan, self.target
+        affordable = 0.2 * self.budget / target.seconds(MEAN_FIELD_DRAWS)
+        if (steps := min(MEAN_FIELD_STEPS, int(affordable))) >= LEAST_STEPS:
+            mean_field = stochastic_gradient(
+                target.value_and_gradient,
+                LowRankGaussian.isotropic(self.start.loc),
+                full_rank=False,
+                num_steps=steps,
+                num_draws=MEAN_FIELD_DRAWS,
+                lr=MEAN_FIELD_RATE,
+                initial_scale=MEAN_FIELD_SCALE,
+            )
+            self.add("mean-field", mean_field)
+        if plan.with_curvature:
+            name, best = self.best()
+            self.add(f"curvature of {name}", laplace(target.hessian(best.loc), best.loc))
+        elif target.dim <= MAX_DENSE:
+            self._batch_and_match()
+        else:
+            self._fit_diagonal()
 
     def _fit_diagonal(self) -> None:
         """A diagonal scale in the coordinates of the best candidate so far."""

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...guides.base import FlowGuide
-from ...programs import LogJoint, Program
+from ...programs import ERRORS, LogJoint, Program
 from .gaussian import DenseGaussian
-from .search import WarmStart, find_gaussian
+from .search import SPREAD, WarmStart, find_gaussian
+
+# Draws of the prior and points around the start from which modes are searched.
+NUM_PRIOR, NUM_AROUND = 4, 3
 
 
 def warm_start(
@@ -46,9 +52,23 @@ def warm_start(
     kwargs = dict(model_kwargs or {})
     if guide.prototype_trace is None:
         guide.setup(*args, **kwargs)
-    target = LogJoint(model, args, kwargs, latents=guide.latents)
+    return whiten_at_posterior(LogJoint(model, args, kwargs, latents=guide.latents), guide)
+
+
+def whiten_at_posterior(log_joint: LogJoint, guide: FlowGuide) -> WarmStart:
+    """`warm_start` of a guide that is set up, on the log joint of its latents."""
     whitening = guide.whitening
     start = DenseGaussian(whitening.loc.clone(), whitening.scale_tril.clone())
-    found = find_gaussian(target, start)
+    found = find_gaussian(log_joint, start, overdispersed=_overdispersed(log_joint, start.loc))
     guide.whiten(found.gaussian.loc, found.gaussian.scale_tril)
     return found
+
+
+def _overdispersed(log_joint: LogJoint, loc: Tensor) -> Tensor:
+    """Points from which modes are searched: where the prior draws, and around the start, as wide as Stan's."""
+    around = loc + SPREAD * (2 * torch.rand(NUM_AROUND, len(loc)).to(loc) - 1)
+    try:
+        drawn = log_joint.draw_prior(NUM_PRIOR)
+    except ERRORS:  # improper priors cannot be drawn from, and a model may reject its own draws
+        return around
+    return torch.cat([drawn.to(loc), around])

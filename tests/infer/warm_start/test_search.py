@@ -83,12 +83,36 @@ def test_results_are_those_of_the_seed():
 
 def test_a_diagonal_is_learned_above_the_largest_dense_scale(monkeypatch):
     monkeypatch.setattr(search, "MAX_DENSE", 3)
+    monkeypatch.setattr(search, "MAX_FULL_RANK", 2)
     monkeypatch.setattr(search, "NUM_DIAGONAL_STEPS", 150)
     target, _, _ = random_normal(4, spread=0.3)
     found = find_gaussian(target, start_of(target))
-    assert set(found.elbos) >= {"start", "pathfinder 0", "diagonal"}
+    assert set(found.elbos) >= {"start", "pathfinder 0", "mean-field", "diagonal"}
     assert not any("match" in name or "natural" in name for name in found.elbos)
     assert found.elbos["diagonal"] > -1.0
+
+
+def test_many_latents_whose_mode_is_far_from_the_mass():
+    """y_j ~ N(exp(s) a_j, 1), a_j ~ N(0, 1), s ~ N(0, 1): a sums out to y_j ~ N(0, 1 + exp(2 s))."""
+    num = 200
+    y = 2.5 * torch.randn(num, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def log_density(u):
+        s, a = u[:, :1], u[:, 1:]
+        prior = -u.square().sum(-1) / 2
+        return prior - (y.to(u) - s.exp() * a).square().sum(-1) / 2
+
+    target = Density(log_density, num + 1)
+    found = find_gaussian(target, start_of(target))
+    s = torch.linspace(-3, 3, 2001, dtype=torch.float64)
+    scale = (1 + (2 * s).exp()).sqrt()
+    log_p = -s.square() / 2 + dist.Normal(0.0, scale[:, None]).log_prob(y).sum(-1)
+    weights = log_p.softmax(0)
+    mean = (weights * s).sum()
+    sd = (weights * (s - mean).square()).sum().sqrt()
+    assert found.name == "curvature of mean-field"
+    assert abs(found.gaussian.loc[0] - mean) < sd
+    assert found.elbos[found.name] > max(v for k, v in found.elbos.items() if "field" not in k) + 10
 
 
 @pytest.mark.slow
