@@ -230,7 +230,7 @@ class LocalDensity:
 
     def _shape(self, site: Site) -> torch.Size:
         padded = self._padded(site) + site["fn"].event_shape
-        return biject_to(site["fn"].support).inverse_shape(padded)  # type: ignore[no-any-return]
+        return biject_to(site["fn"].support).inverse_shape(padded)
 
     def _order(self, site: Site) -> list[int]:
         """The dimensions of the unconstrained site, those of the data first."""

@@ -93,7 +93,7 @@ class LocalFlow:
 
     def _one(self, theta: list[Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
         parameters = dict(zip(self.names, theta, strict=True))
-        return functional_call(self.pass_, parameters, (noise,))  # type: ignore[no-any-return]
+        return functional_call(self.pass_, parameters, (noise,))
 
 
 class _Pass(nn.Module):

@@ -74,7 +74,7 @@ def factoring(
             last, title = _draw_shares(axes[:, column], picture), f"nats up to level {column}"
         axes[0, column].set_title(title, fontsize=FONT_SIZE, color=TEXT_COLOR, pad=4)
         bar = figure.colorbar(last, ax=list(axes[:, column]), location="bottom", pad=0.02)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=FONT_SIZE - 1, colors=TEXT_COLOR, length=2)
         if column == 0:

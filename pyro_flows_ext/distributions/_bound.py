@@ -54,7 +54,7 @@ class BoundedDensity(Density):
                 parts.append(checkpoint(self._log_mass, rows, use_reentrant=False))
             else:
                 parts.append(self._log_mass(rows))
-        return torch.stack(parts).logsumexp(0) - math.log(num_particles)  # type: ignore[arg-type]
+        return torch.stack(parts).logsumexp(0) - math.log(num_particles)
 
     def _expanded(self, value: Tensor) -> Tensor:
         """The value at its full batch shape, so that every row has a latent of its own."""

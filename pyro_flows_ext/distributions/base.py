@@ -120,7 +120,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
             # A plain attribute: as a module it would list every parameter twice.
             self.__dict__["_whole"] = (key, whole)
         whole.training = self.training  # a part of the cache's key
-        return whole  # type: ignore[no-any-return]
+        return whole
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         loc = state_dict.get(f"{prefix}standardization.loc")
@@ -178,7 +178,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
 
     def objective(self, value: Tensor) -> Tensor:
         """The objective that training maximises, by default `log_prob`: `(*, *event_shape)` -> `(*)`, in nats."""
-        return self.log_prob(value)  # type: ignore[no-any-return]
+        return self.log_prob(value)
 
     def _validate_sample(self, value: Tensor) -> None:
         # torch's constraints cannot reshape tensors without elements.

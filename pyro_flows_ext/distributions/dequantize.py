@@ -131,7 +131,7 @@ class Dequantized(BoundedDensity):
             y, ladj = self.preprocess.forward_and_ladj(y)
         size = self.event_shape.numel()
         log_p = self.flow.log_prob(y) if score is None else score(y)
-        return log_p + ladj - size * math.log(self.num_levels) - log_q  # type: ignore[no-any-return]
+        return log_p + ladj - size * math.log(self.num_levels) - log_q
 
     def _dequantize(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """u and log q(u | x)."""

@@ -93,13 +93,13 @@ class FlowDistribution(TransformedDensity):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws `(*sample_shape, *batch_shape, *event_shape)`, independent by row, with a gradient where the base has one."""
         base, transform, _ = self._at_batch()
-        return transform(base.rsample(torch.Size(sample_shape)))  # type: ignore[no-any-return]
+        return transform(base.rsample(torch.Size(sample_shape)))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws without a gradient: `(*sample_shape, *batch_shape, *event_shape)`."""
         base, transform, _ = self._at_batch()
-        return transform(base.sample(torch.Size(sample_shape)))  # type: ignore[no-any-return]
+        return transform(base.sample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), exact, in nats: `(*, *event_shape)` -> `(*)`."""

@@ -96,12 +96,12 @@ class FlowVAE(BoundedDensity):
         """f(μ(ε)) for ε = `noise` `(*, latent_dim)`, or f at a draw of z given ε: `(*, *event_shape)`."""
         params = self.decoder(noise)
         z = params.chunk(2, -1)[0] if deterministic else draw_by(params)
-        return self._with_units(self.transform)(z)  # type: ignore[no-any-return]
+        return self._with_units(self.transform)(z)
 
     def encode(self, value: Tensor) -> Tensor:
         """The mean of q(ε | f⁻¹(value)): `(*, *event_shape)` -> `(*, latent_dim)`."""
         self._check_value(value)
-        return self.encoder(self._with_units(self.transform).inv(value)).chunk(2, -1)[0]  # type: ignore[no-any-return]
+        return self.encoder(self._with_units(self.transform).inv(value)).chunk(2, -1)[0]
 
     def interpolate(self, start: Tensor, end: Tensor, num: int = 8) -> Tensor:
         """f(μ(ε)) along the straight line between the codes of two values: `(num, *, *event_shape)`, both ends included."""

@@ -174,4 +174,4 @@ def _initialize(transform: Any, y: Tensor) -> Tensor:
         return y
     if hasattr(transform, "initialize"):
         transform.initialize(y, inverse=True)
-    return transform.inverse_and_ladj(y)[0]  # type: ignore[no-any-return]
+    return transform.inverse_and_ladj(y)[0]

@@ -90,7 +90,7 @@ class NestedDropoutFlow(FlowDistribution):
 
     def reconstruct(self, x: Tensor, k: int | Tensor) -> Tensor:
         """f(P_k f⁻¹(x)): the reconstruction of x from its first k latents, of the shape of x."""
-        return self._at_batch()[1](self.project(x, k))  # type: ignore[no-any-return]
+        return self._at_batch()[1](self.project(x, k))
 
     @torch.no_grad()
     def reconstruction_curve(
@@ -117,7 +117,7 @@ class NestedDropoutFlow(FlowDistribution):
     def sample_truncated(self, k: int, sample_shape: Any = ()) -> Tensor:
         """Draws from the manifold of the first k latents: f(P_k z), z from the base."""
         base, transform, _ = self._at_batch()
-        return transform(self._keep(base.sample(torch.Size(sample_shape)), k))  # type: ignore[no-any-return]
+        return transform(self._keep(base.sample(torch.Size(sample_shape)), k))
 
     def penalty(self, x: Tensor, k: Tensor | None = None) -> Tensor:
         """λ ‖x - f(P_k f⁻¹(x))‖², `(*)`, with one k for each datum, drawn by default; in standardised units if any."""
@@ -142,7 +142,7 @@ class NestedDropoutFlow(FlowDistribution):
         # The site is scored later: the transform's cache holds its pass as long as z is alive.
         value = pyro.sample(name, self._view(self.batch_shape, _latent=z), obs=x)
         pyro.factor(f"{name}_penalty", -self._penalty(x, z))
-        return value  # type: ignore[no-any-return]
+        return value
 
     def _penalty(self, x: Tensor, z: Tensor, k: Tensor | None = None) -> Tensor:
         """The penalty of x, whose latents are z."""
@@ -165,4 +165,4 @@ class NestedDropoutFlow(FlowDistribution):
         return torch.where(rank < k.reshape(*k.shape, *[1] * len(shape)), z, 0.0)
 
     def _latent_shape(self) -> torch.Size:
-        return self._at_batch()[0].event_shape  # type: ignore[no-any-return]
+        return self._at_batch()[0].event_shape

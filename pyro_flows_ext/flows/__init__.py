@@ -69,7 +69,7 @@ class Flow:
         """The number of layers by default; None for one linear layer."""
         defaults = inspect.signature(self.function).parameters
         if "num_layers" in self.options or defaults["num_layers"].default is not None:
-            return self.options.get("num_layers", defaults["num_layers"].default)  # type: ignore[no-any-return]
+            return self.options.get("num_layers", defaults["num_layers"].default)
         inner = PRESETS.get(self.options.get("flow", defaults["flow"].default))
         return None if inner is None else inner.num_layers
 

@@ -62,7 +62,7 @@ def CIF(
         )
     size = read_size(event_shape)
     transform = _preset(flow, size, num_layers, hidden_dims, **options)
-    return ContinuouslyIndexedFlow(base_of(size, base), transform, index_dim)  # type: ignore[arg-type]
+    return ContinuouslyIndexedFlow(base_of(size, base), transform, index_dim)
 
 
 @recorded

@@ -171,7 +171,7 @@ def _datum_support(name: str, fn: Any, dim: int) -> Constraint:
             )
         return one.clone()
 
-    return map_tensors(support_of(name, fn), first)  # type: ignore[no-any-return]
+    return map_tensors(support_of(name, fn), first)
 
 
 def _equal(a: Any, b: Any) -> bool:

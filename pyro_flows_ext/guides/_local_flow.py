@@ -105,7 +105,7 @@ class IndexedLocalFlow(LocalFlow):
         self, posterior: dist.TransformedDistribution, z: Tensor, num_particles: int
     ) -> Tensor:
         flow: Any = posterior.transforms[0]
-        return flow.log_prob_bound(posterior.base_dist, z, num_particles)  # type: ignore[no-any-return]
+        return flow.log_prob_bound(posterior.base_dist, z, num_particles)
 
 
 def local_flow(

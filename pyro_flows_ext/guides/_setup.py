@@ -135,7 +135,7 @@ def init_to_median(site: Mapping[str, Any]) -> Tensor:
         if value is not None:
             return value
         if isinstance(fn, SPHERICAL):
-            return transform_to(fn.support)(_zeros(fn, fn.shape()) + 1)  # type: ignore[no-any-return]
+            return transform_to(fn.support)(_zeros(fn, fn.shape()) + 1)
         raise refusal  # type: ignore[misc]
     if value is None or not bool(support.check(value).all()):
         constrain = bijection(support)

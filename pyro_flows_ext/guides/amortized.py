@@ -258,7 +258,7 @@ class AutoAmortizedFlow(PortableGuide):
                 f"plate {plate.name!r} has other data in the model than in the AutoGuideList, which keeps the plates of its first "
                 "call: construct it by AutoGuideList(model, create_plates=guide.data_plate), with this guide"
             )
-        return plates  # type: ignore[no-any-return]
+        return plates
 
     # --- draws and densities ---
 

@@ -116,7 +116,7 @@ class AutoCIF(AugmentedGuide):
 
     @property
     def whitening(self) -> Whitening:
-        return self._flow.placement[-1]  # type: ignore[no-any-return]
+        return self._flow.placement[-1]
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, σ₀²) on D coordinates and N(0, 1) on those of the indices."""

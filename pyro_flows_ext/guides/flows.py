@@ -108,7 +108,7 @@ class AutoFlow(FlowGuide):
     @property
     def whitening(self) -> Whitening:
         self._require_setup()
-        return self.transform[-1]  # type: ignore[no-any-return]
+        return self.transform[-1]
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The base distribution of the flow on `(D,)`: mean 0, variance 1, `base_df` degrees of freedom."""
@@ -119,7 +119,7 @@ class AutoFlow(FlowGuide):
         self._require_setup()
         if called_by_neutra():
             return for_neutra(self.transform, self.latents, dict(self._sites()))  # type: ignore[return-value]
-        return self.transform  # type: ignore[no-any-return]
+        return self.transform
 
     def log_prob(self, samples: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """log q(samples), exact, in constrained space, in nats.

@@ -106,12 +106,12 @@ class AutoHamiltonian(AugmentedGuide):
         self._program = (model,)
 
     def _make_transform(self, loc: Tensor) -> FlowTransform:
-        return self._flow_factory(whitening_at(loc, self._init_scale))  # type: ignore[no-any-return]
+        return self._flow_factory(whitening_at(loc, self._init_scale))
 
     @property
     def whitening(self) -> Whitening:
         """The fixed affine map between the coordinates of the dynamics and the unconstrained latents; `whiten` sets it."""
-        return self._flow.whitening  # type: ignore[no-any-return]
+        return self._flow.whitening
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

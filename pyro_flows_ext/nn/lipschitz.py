@@ -120,7 +120,7 @@ class LipschitzNet(nn.Module, ABC):
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.context_layer = None
         if context_dim:
-            units: int = first.weight.shape[0]  # type: ignore[union-attr, assignment, index]
+            units: int = first.weight.shape[0]  # type: ignore[assignment, index]
             self.context_layer = nn.Linear(context_dim, units, bias=False)
             if first is last:
                 nn.init.zeros_(self.context_layer.weight)

@@ -43,7 +43,7 @@ class MLP(nn.Sequential):
             nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None:
             x = join_context(x, context)
         return super().forward(x)
@@ -57,7 +57,7 @@ class ResidualMLP(MLP):
         torch.Size([5, 2])
     """
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = x if context is None else join_context(x, context)
         *hidden, last = self
         for i, (linear, activation) in enumerate(zip(hidden[::2], hidden[1::2], strict=True)):

@@ -62,7 +62,7 @@ def contraction_inverse(g: Linearizable, y: Tensor, lipschitz: float, event_dim:
     if not x.requires_grad:
         return x
     root = root.detach().requires_grad_()
-    return _ImplicitGradient.apply(root, y - g(root), lipschitz, event_dim)  # type: ignore[no-any-return]
+    return _ImplicitGradient.apply(root, y - g(root), lipschitz, event_dim)
 
 
 def _newton(g: Linearizable, y: Tensor, lipschitz: float, event_dim: int) -> Tensor:

@@ -68,7 +68,7 @@ def triangular_fixed_point(step: Step, start: Tensor, max_sweeps: int) -> tuple[
         return x, aux
     root = root.detach().requires_grad_()
     x, aux = step(root)
-    return _ImplicitGradient.apply(root, x, aux, max_sweeps)  # type: ignore[no-any-return]
+    return _ImplicitGradient.apply(root, x, aux, max_sweeps)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def enumerate_in_parallel(program: Program, nesting: int) -> Program:
         return {"enumerate": "parallel"} if enumerated else {}
 
     configured = poutine.infer_config(program, in_parallel)
-    return _Enumeration(-1 - nesting)(configured)  # type: ignore[no-any-return]
+    return _Enumeration(-1 - nesting)(configured)
 
 
 class _Enumeration(EnumMessenger):

@@ -26,7 +26,7 @@ def leaf(site: Site) -> Tensor:
     """The trained tensor behind a parameter site."""
     unconstrained = getattr(site["value"], "unconstrained", None)
     trained = None if unconstrained is None else unconstrained()
-    return site["value"] if trained is None else trained  # type: ignore[no-any-return]
+    return site["value"] if trained is None else trained
 
 
 class Substitute(Messenger):

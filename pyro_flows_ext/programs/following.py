@@ -77,7 +77,7 @@ class Following:
             inside = torch.stack([found[x.name][2] for x in self.latents]).all()
             return parts, -terms, inside
 
-        return self._by_row(single, samples)  # type: ignore[no-any-return]
+        return self._by_row(single, samples)
 
     def supports(self, u: Tensor) -> dict[str, Any]:
         """The supports of the latents in one run at u `(D)`."""

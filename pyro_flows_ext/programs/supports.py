@@ -249,7 +249,7 @@ def true_support(name: str, fn: Any) -> Constraint:
                     f"latent {name!r} has a transform that is not bijective ({fn.transforms}): expected one with an inverse"
                 )
             return ImageConstraint(base, list(fn.transforms))
-    return fn.support  # type: ignore[no-any-return]
+    return fn.support
 
 
 def _of_components(name: str, components: Any) -> Constraint:
@@ -267,7 +267,7 @@ def _of_components(name: str, components: Any) -> Constraint:
             )
         return one
 
-    return map_tensors(true_support(name, components), shared)  # type: ignore[no-any-return]
+    return map_tensors(true_support(name, components), shared)
 
 
 def _same(a: Constraint, b: Constraint) -> bool:

@@ -72,7 +72,7 @@ def nesting_of(*traces: Trace) -> int:
 
 def in_particles(program: Program, num: int, nesting: int, name: str = PARTICLES) -> Program:
     """The program in a plate of `num` particles, to the left of its own `nesting` plate dimensions."""
-    return pyro.plate(name, num, dim=-nesting - 1)(program)  # type: ignore[no-any-return]
+    return pyro.plate(name, num, dim=-nesting - 1)(program)
 
 
 def log_prob_by_particle(trace: Trace, num: int) -> Tensor:

@@ -129,7 +129,7 @@ class SavedGuide:
             raise ValueError(
                 f"the guide was fitted to {cause}a model with other latents than {self.target!r} has now"
             ) from error
-        return guide  # type: ignore[no-any-return]
+        return guide
 
 
 def guide_to_bytes(

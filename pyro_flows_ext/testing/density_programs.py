@@ -238,7 +238,7 @@ def check_density_compiles(factory: DensityFactory, **options: Unpack[DensityOpt
         value = case.values(3, *batch).requires_grad_()
 
         def run(value: Tensor) -> Tensor:
-            return case.at(case.module, context).log_prob(value)  # type: ignore[no-any-return]
+            return case.at(case.module, context).log_prob(value)
 
         torch._dynamo.reset()
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -177,7 +177,7 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
         cache = self.__dict__.get("_pass_cache")
         if cache is None or torch.compiler.is_compiling():
             return None
-        return cache.lookup(self, x=x, y=y)  # type: ignore[no-any-return]
+        return cache.lookup(self, x=x, y=y)
 
     def _store(self, input: Tensor, output: Tensor, ladj: Tensor, *, is_forward: bool) -> None:
         if not torch.compiler.is_compiling():
@@ -193,7 +193,7 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.clear_cache()  # `.to()` and `.double()` write `.data`, which moves no version
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         forget_param_store(self)

@@ -75,7 +75,7 @@ class ContextModule(nn.Module):
 
     def _shifted(self, name: str, offset: Tensor) -> Tensor:
         """The parameter θ + h where the hyper-network emits h `(*, shape)`."""
-        return getattr(self, name) + offset  # type: ignore[no-any-return]
+        return getattr(self, name) + offset
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Self:
         """Returns this transform with tensors in place of some of its parameters, with gradients through them.

@@ -150,10 +150,10 @@ class MultiScale(FlowTransform):
 
     def kept(self, i: int) -> Tensor:
         """Returns the flat positions of the elements that stay after level i, in the shape of the next level's image."""
-        return getattr(self, f"keep_{i}")  # type: ignore[no-any-return]
+        return getattr(self, f"keep_{i}")
 
     def _leave(self, i: int) -> Tensor:
-        return getattr(self, f"leave_{i}")  # type: ignore[no-any-return]
+        return getattr(self, f"leave_{i}")
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}, levels={len(self.levels)}"

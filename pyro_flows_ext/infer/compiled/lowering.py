@@ -182,7 +182,7 @@ def compile_graph(
         return _compile_functional(graph, options)
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, example, config_patches=options)  # type: ignore[return-value, arg-type]
+    return compile_fx(graph, example, config_patches=options)  # type: ignore[return-value]
 
 
 def writes_last(graph: GraphModule) -> bool:

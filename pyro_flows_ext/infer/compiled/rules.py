@@ -107,7 +107,7 @@ class ClippedAdam(Rule):
         return "exp_avg", "exp_avg_sq"
 
     def rate_after(self, group: Group, lr: float) -> float:
-        return lr * group["lrd"]  # type: ignore[no-any-return]
+        return lr * group["lrd"]
 
     def numbers(self, group: Group, lr: float, t: int) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]

@@ -93,7 +93,7 @@ class CompiledSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, computed eagerly and without a gradient."""
-        return self._eager.evaluate_loss(*args, **kwargs)  # type: ignore[no-any-return]
+        return self._eager.evaluate_loss(*args, **kwargs)
 
     def retrace(self) -> None:
         """Discards all graphs: for changes of constants that are not detected."""

@@ -82,7 +82,7 @@ class Table:
 
     def epoch(self, batch_size: int) -> Iterator[Batch]:
         size = min(batch_size, len(self))
-        order = torch.randperm(len(self)).to(self.parts[0].device)  # type: ignore[union-attr]
+        order = torch.randperm(len(self)).to(self.parts[0].device)
         for rows in order[: len(self) // size * size].split(size):
             yield self.take(rows)
 
@@ -100,8 +100,8 @@ class Table:
 
     def select(self, index: Tensor) -> Table:
         """Some of the rows, in the order of the data, over the same memory."""
-        index = index.sort().values.to(self.parts[0].device)  # type: ignore[union-attr]
-        return Table(*self.parts, self.columns, index, self.context_columns)  # type: ignore[arg-type]
+        index = index.sort().values.to(self.parts[0].device)
+        return Table(*self.parts, self.columns, index, self.context_columns)
 
 
 class Stream:

@@ -113,7 +113,7 @@ class AnnealedELBO(ELBO):
     ) -> Tensor:
         """The annealed loss of the present step, as a tensor."""
         model, guide = self._tempered(model, guide)
-        return self.elbo.differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined, no-any-return]
+        return self.elbo.differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """The annealed loss; adds its gradient to the parameters' and counts a step."""

@@ -73,7 +73,7 @@ class _Known(dist.TorchDistribution):
         return self._fn.support
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self._fn.rsample(torch.Size(sample_shape))  # type: ignore[no-any-return]
+        return self._fn.rsample(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._log_prob

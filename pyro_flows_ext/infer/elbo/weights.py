@@ -77,7 +77,7 @@ class _Term:
 
     @property
     def scale(self) -> Scale:
-        return self.site["scale"]  # type: ignore[no-any-return]
+        return self.site["scale"]
 
     def turns(self, plates: Collection[Plate]) -> tuple[int, ...]:
         """Which turn of those of `plates` that are loops this is."""

@@ -113,7 +113,7 @@ def _latents_of(
         samples = guide.sample_posterior(NUM_DRAWS, *args, **kwargs)
         return unconstrain(samples, target.latents)[0]
     posterior = guide.get_posterior(*args, **kwargs)
-    return posterior.sample(torch.Size([NUM_DRAWS]))  # type: ignore[no-any-return]
+    return posterior.sample(torch.Size([NUM_DRAWS]))
 
 
 def _from_draws(u: Tensor) -> Start:

@@ -58,7 +58,7 @@ class FlowPosterior:
 
     @torch.no_grad()
     def log_prob(self, u: Tensor) -> Tensor | None:
-        return self.guide.get_posterior().log_prob(u)  # type: ignore[no-any-return]
+        return self.guide.get_posterior().log_prob(u)
 
 
 class GuidePosterior:

@@ -332,7 +332,7 @@ class Run:
 
     def _draw(self, num: int) -> dict[str, torch.Tensor]:
         if hasattr(self.guide, "sample_posterior"):
-            return self.guide.sample_posterior(num, *self.args, **self.kwargs)  # type: ignore[no-any-return]
+            return self.guide.sample_posterior(num, *self.args, **self.kwargs)
         with torch.no_grad():
             predictive = pyro.infer.Predictive(self.guide, num_samples=num)
             draws = predictive(*self.args, **self.kwargs)
