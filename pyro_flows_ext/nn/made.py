@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mlp import check_context
+from ..ops.perceptron import is_worthwhile, perceptron
+from .mlp import check_context, known_activation
 
 
 class MADE(nn.Module):
@@ -92,6 +93,10 @@ class MADE(nn.Module):
             shift = F.linear(context, self.context_layer.weight, shift)  # type: ignore[union-attr]
 
         def run(x: Tensor) -> Tensor:
+            if is_worthwhile(x, len(first)) and (known := known_activation(self.activation)):
+                weights, biases = zip((first, shift), *rest, strict=True)
+                h = perceptron(x, weights, biases, known, residual=self.residual)
+                return h.unflatten(-1, (self.num_params, -1))
             h = F.linear(x, first, shift) if context is None else F.linear(x, first) + shift
             if rest:
                 h = self.activation(h)

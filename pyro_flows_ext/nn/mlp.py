@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops import fused
+from ..ops.perceptron import RELU, SIGMOID, TANH, Activation, is_worthwhile, perceptron
 
 
 class MLP(nn.Sequential):
@@ -42,10 +46,15 @@ class MLP(nn.Sequential):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
+        self.width = int(hidden_dims[0]) if hidden_dims else out_dim
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None:
             x = join_context(x, context)
+        # Written out, and not a call: small networks notice one.
+        is_large = x.numel() * self.width >= fused.MIN_NUMEL * x.shape[-1]
+        if is_large and (layers := _plain_layers(self)) is not None:
+            return perceptron(x, *layers)
         return super().forward(x)
 
 
@@ -59,11 +68,50 @@ class ResidualMLP(MLP):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = x if context is None else join_context(x, context)
+        if is_worthwhile(h, self.width) and (layers := _plain_layers(self)) is not None:
+            return perceptron(h, *layers, residual=True)
         *hidden, last = self
         for i, (linear, activation) in enumerate(zip(hidden[::2], hidden[1::2], strict=True)):
             a = activation(linear(h))
             h = h + a if i and a.shape[-1] == h.shape[-1] else a
         return last(h)
+
+
+def _plain_layers(net: MLP) -> tuple[list[Tensor], list[Tensor], Activation] | None:
+    """Weights, biases and the activation of a network that is as its class made it; None with hooks or other modules."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    activation = None
+    for i, part in enumerate(net._modules.values()):
+        if _has_hooks(part):
+            return None
+        if i % 2 == 0 and type(part) is nn.Linear:
+            weights.append(part.weight)
+            biases.append(part.bias)
+            continue
+        found = _ACTIVATIONS.get(type(part)) if i % 2 else None
+        if found is None or activation not in (None, found):
+            return None
+        activation = found
+    return None if activation is None else (weights, biases, activation)
+
+
+# The activations of `ops.perceptron`, by module.
+_ACTIVATIONS: dict[type, Activation] = {nn.ReLU: RELU, nn.Tanh: TANH, nn.Sigmoid: SIGMOID}
+
+
+def known_activation(module: nn.Module) -> Activation | None:
+    """The activation of a module as a function; None for a module with hooks, or of another kind."""
+    return None if _has_hooks(module) else _ACTIVATIONS.get(type(module))
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def join_context(x: Tensor, context: Tensor) -> Tensor:

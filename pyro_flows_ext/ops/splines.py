@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# No bin takes less than this part of the box, in width or in height, and no knot has a smaller slope: a thousandfold
-# contraction is more than a layer needs, and a float32 value (7 digits) still comes back from it with 4.
-MIN_BIN = 1e-3
-MIN_SLOPE = 1e-3
-# The factor of raw widths and heights. The slope in the middle of a flat bin goes with the square of height over width, so
-# that a unit in both would move its logarithm by 4, where one in the scale of an affine layer moves it by 1: networks that
-# are sane there would emit splines here that float32 cannot invert. Halved, it is 2.
-_BIN_SCALE = 0.5
-# softplus of this is 1 - MIN_SLOPE: a raw slope of 0 means a slope of 1.
-_SLOPE_SHIFT = math.log(math.expm1(1 - MIN_SLOPE))
+from . import fused
+from .fused_splines import fused_rq_spline
+from .rational_quadratic import BIN_SCALE, MIN_BIN, backwards, end_slopes, forwards
 
 
 def rq_spline(
@@ -51,6 +41,16 @@ def rq_spline(
         Durkan et al. 2019, Neural Spline Flows, section 3.1, with the terms arranged into sums of positive ones.
     """
     num_bins = _check(raw, bound)
+    is_large = raw.numel() >= fused.MIN_NUMEL
+    if is_large and raw.shape[:-1] == x.shape and x.dim() and fused.may_fuse(x, raw):
+        return fused_rq_spline(x, raw, num_bins, bound, inverse)
+    return by_autograd(x, raw, num_bins, bound, inverse)
+
+
+def by_autograd(
+    x: Tensor, raw: Tensor, num_bins: int, bound: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`rq_spline` by operations that autograd differentiates, to any order."""
     x = x.expand(torch.broadcast_shapes(x.shape, raw.shape[:-1]))
     raw = raw[(None,) * (x.dim() + 1 - raw.dim())]
     knots, raw_slopes = _knots(raw, num_bins, bound)
@@ -62,9 +62,7 @@ def rq_spline(
     ends = torch.stack([k, k + 1])
     at = knots.expand(2, num_bins + 1, *x.shape).gather(1, ends.expand(2, 2, *x.shape))
     slopes = raw_slopes.expand(num_bins + 1, *x.shape).gather(0, ends)
-    slopes = MIN_SLOPE + F.softplus(slopes + _SLOPE_SHIFT)
-
-    value, slope = (_inverse if inverse else _forward)(z, at, slopes)
+    value, slope = (backwards if inverse else forwards)(z, at, end_slopes(slopes))
     return torch.where(inside, value, x), torch.where(inside, slope.log(), 0.0)
 
 
@@ -87,7 +85,7 @@ def _knots(raw: Tensor, num_bins: int, bound: float) -> tuple[Tensor, Tensor]:
     # Bins come first from here on: what runs over them, softmax above all, then runs over whole vectors of elements, and
     # takes half the time that it takes over rows of eight.
     raw_bins, raw_slopes = raw.movedim(-1, 0).split([2 * K, K - 1])
-    parts = (_BIN_SCALE * raw_bins).unflatten(0, (2, K)).softmax(1)
+    parts = (BIN_SCALE * raw_bins).unflatten(0, (2, K)).softmax(1)
     # The j-th inner knot is -bound + 2 bound Σ_{i<j} (MIN_BIN + (1 - K MIN_BIN) parts_i).
     least = torch.arange(1, K, dtype=parts.dtype, device=parts.device) * (2 * bound * MIN_BIN)
     inner = torch.add(
@@ -99,48 +97,3 @@ def _knots(raw: Tensor, num_bins: int, bound: float) -> tuple[Tensor, Tensor]:
     first = parts.new_full((), -bound).expand(2, 1, *batch)
     zero = raw_slopes.new_zeros(()).expand(1, *batch)
     return torch.cat([first, inner, -first], 1), torch.cat([zero, raw_slopes, zero])
-
-
-# The bin that holds a value has the corners `at` `(2, 2, *)` (x or y; lower or upper), a mean slope s, and slopes d0 and d1
-# at its ends. With ξ and η the places of x and y between its ends, from 0 to 1, and with (1 - ξ) a + ξ b written a ⊕ b,
-#     u = d0 ⊕ s,   v = s ⊕ d1,   D = v ⊕ u,   η = ξ u / D,   dη/dξ = s (u ⊕ v) / D²
-# is the rational quadratic of the paper. All of s, d0, d1 are positive, hence so are their averages, whatever the rounding.
-
-
-def _forward(x: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) and g'(x)."""
-    d0, d1 = slopes.unbind()
-    x0, y0, w, h = _lower_and_size(at)
-    s, xi = h / w, (x - x0) / w
-    u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
-    D = torch.lerp(v, u, xi)
-    return y0 + h * (xi * u / D), torch.lerp(u, v, xi) * (s / D) ** 2
-
-
-def _inverse(y: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """g⁻¹(y) and its derivative.
-
-    ξ u - η D = 0 is quadratic in ξ. With p = d0 (1 - η) - d1 η, its discriminant is r² = p² + 4 s² η (1 - η): positive
-    throughout, and a sum without cancellation. Its root in [0, 1] has ξ : 1 - ξ = 2 s η : r + p = r - p : 2 s (1 - η), and so
-    = 2 s η + r - p : 2 s (1 - η) + r + p, where nothing cancels that matters. At the root its derivative is r: dη/dξ = r / D.
-    """
-    d0, d1 = slopes.unbind()
-    x0, y0, w, h = _lower_and_size(at)
-    s, eta = h / w, (y - y0) / h
-    zeta = 1 - eta
-    p = d0 * zeta - d1 * eta
-    a, b = 2 * s * eta, 2 * s * zeta
-    r = (p * p + a * b).sqrt()
-    a = a + (r - p)
-    b = b + (r + p)
-    xi = a / (a + b)
-    D = torch.lerp(torch.lerp(s, d1, xi), torch.lerp(d0, s, xi), xi)
-    return x0 + w * xi, D / (s * r)
-
-
-def _lower_and_size(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The lower corner of a bin, its width and its height."""
-    lower, upper = at.unbind(1)
-    x0, y0 = lower.unbind()
-    w, h = (upper - lower).unbind()
-    return x0, y0, w, h

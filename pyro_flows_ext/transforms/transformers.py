@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..ops import check_positive, increasing_root, rq_spline
-from .bounds import bounded_affine
+from ..ops import check_positive, fused, increasing_root, rq_spline
+from .bounds import bounded_affine, bounded_affine_by
 
 
 class Transformer(ABC):
@@ -86,12 +86,14 @@ class Affine(Transformer):
     num_params = 2
 
     def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = theta.unbind(-2)
-        return bounded_affine(x, shift, raw, inverse=False)
+        if theta.numel() >= fused.MIN_NUMEL:
+            return bounded_affine_by(x, theta, inverse=False)
+        return bounded_affine(x, *theta.unbind(-2), inverse=False)
 
     def inverse(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = theta.unbind(-2)
-        return bounded_affine(y, shift, raw, inverse=True)
+        if theta.numel() >= fused.MIN_NUMEL:
+            return bounded_affine_by(y, theta, inverse=True)
+        return bounded_affine(y, *theta.unbind(-2), inverse=True)
 
 
 class RationalQuadratic(Transformer):

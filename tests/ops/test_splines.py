@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_flows_ext.ops import rq_spline
-from pyro_flows_ext.ops.splines import MIN_BIN, MIN_SLOPE
+from pyro_flows_ext.ops.rational_quadratic import MIN_BIN, MIN_SLOPE
 
 BOUND = 3.0
 DIRECTIONS = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])

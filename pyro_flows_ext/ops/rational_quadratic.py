@@ -1,0 +1,114 @@
+"""The rational quadratic in one bin of a monotone spline: value, slope, and their gradient (Durkan et al. 2019, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# No bin takes less than this part of the box, in width or in height, and no knot has a smaller slope: a thousandfold
+# contraction is more than a layer needs, and a float32 value (7 digits) still comes back from it with 4.
+MIN_BIN = 1e-3
+MIN_SLOPE = 1e-3
+# The factor of raw widths and heights. The slope in the middle of a flat bin goes with the square of height over width, so
+# that a unit in both would move its logarithm by 4, where one in the scale of an affine layer moves it by 1: networks that
+# are sane there would emit splines here that float32 cannot invert. Halved, it is 2.
+BIN_SCALE = 0.5
+# softplus of this is 1 - MIN_SLOPE: a raw slope of 0 means a slope of 1.
+SLOPE_SHIFT = math.log(math.expm1(1 - MIN_SLOPE))
+
+
+def end_slopes(raw: Tensor) -> Tensor:
+    """The slope at a knot; that of a raw 0 is 1."""
+    return MIN_SLOPE + F.softplus(raw + SLOPE_SHIFT)
+
+
+# The bin that holds a value has the corners `at` `(2, 2, *)` (x or y; lower or upper), a mean slope s, and slopes d0 and d1
+# at its ends. With ξ and η the places of x and y between its ends, from 0 to 1, and with (1 - ξ) a + ξ b written a ⊕ b,
+#     u = d0 ⊕ s,   v = s ⊕ d1,   D = v ⊕ u,   η = ξ u / D,   dη/dξ = s (u ⊕ v) / D²
+# is the rational quadratic of the paper. All of s, d0, d1 are positive, hence so are their averages, whatever the rounding.
+
+
+def forwards(x: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """g(x) and g'(x)."""
+    d0, d1 = slopes.unbind()
+    x0, y0, w, h = lower_and_size(at)
+    s, xi = h / w, (x - x0) / w
+    u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
+    D = torch.lerp(v, u, xi)
+    return y0 + h * (xi * u / D), torch.lerp(u, v, xi) * (s / D) ** 2
+
+
+def backwards(y: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """g⁻¹(y) and its derivative.
+
+    ξ u - η D = 0 is quadratic in ξ. With p = d0 (1 - η) - d1 η, its discriminant is r² = p² + 4 s² η (1 - η): positive
+    throughout, and a sum without cancellation. Its root in [0, 1] has ξ : 1 - ξ = 2 s η : r + p = r - p : 2 s (1 - η), and so
+    = 2 s η + r - p : 2 s (1 - η) + r + p, where nothing cancels that matters. At the root its derivative is r: dη/dξ = r / D.
+    """
+    d0, d1 = slopes.unbind()
+    x0, y0, w, h = lower_and_size(at)
+    s, eta = h / w, (y - y0) / h
+    zeta = 1 - eta
+    p = d0 * zeta - d1 * eta
+    a, b = 2 * s * eta, 2 * s * zeta
+    r = (p * p + a * b).sqrt()
+    a = a + (r - p)
+    b = b + (r + p)
+    xi = a / (a + b)
+    D = torch.lerp(torch.lerp(s, d1, xi), torch.lerp(d0, s, xi), xi)
+    return x0 + w * xi, D / (s * r)
+
+
+def lower_and_size(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lower corner of a bin, its width and its height."""
+    lower, upper = at.unbind(1)
+    x0, y0 = lower.unbind()
+    w, h = (upper - lower).unbind()
+    return x0, y0, w, h
+
+
+def gradient(
+    x: Tensor, at: Tensor, slopes: Tensor, by_value: Tensor, by_log_slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of g(x) and log g'(x): by x, by (x0, y0), by (w, h) and by (d0, d1), the last three `(2, *)`.
+
+    With η = ξ u / D, Q = u ⊕ v and log g' = log Q + 2 log s - 2 log D, in reverse order.
+    """
+    d0, d1 = slopes.unbind()
+    x0, _, w, h = lower_and_size(at)
+    s, xi = h / w, (x - x0) / w
+    u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
+    D, Q = torch.lerp(v, u, xi), torch.lerp(u, v, xi)
+    eta = xi * u / D
+    by_Q = by_log_slope / Q
+    by_xi_u = by_value * h / D
+    by_D = -(2 * by_log_slope / D).addcmul_(by_xi_u, eta)
+    by_u = torch.lerp(by_Q, by_D, xi).addcmul_(by_xi_u, xi)
+    by_v = torch.lerp(by_D, by_Q, xi)
+    by_d1 = by_v * xi
+    by_d0 = torch.addcmul(by_u, by_u, xi, value=-1)
+    by_s = (2 * by_log_slope / s).add_(by_u).add_(by_v).sub_(by_d0).sub_(by_d1)
+    by_xi = (by_xi_u * u).addcmul_(by_Q - by_D, v - u)
+    by_xi.addcmul_(by_v, d1 - s).addcmul_(by_u, s - d0)
+    by_x = by_xi / w
+    by_ratio = by_s / w
+    by_w = -(by_x * xi).addcmul_(by_ratio, s)
+    by_h = torch.addcmul(by_ratio, by_value, eta)
+    lower, size = torch.stack([-by_x, by_value]), torch.stack([by_w, by_h])
+    return by_x, lower, size, torch.stack([by_d0, by_d1])
+
+
+def log_slope_gradient(x: Tensor, at: Tensor, slopes: Tensor) -> Tensor:
+    """∂ log g'(x) / ∂x, the parameters held fixed."""
+    d0, d1 = slopes.unbind()
+    x0, _, w, h = lower_and_size(at)
+    s, xi = h / w, (x - x0) / w
+    u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
+    D, Q = torch.lerp(v, u, xi), torch.lerp(u, v, xi)
+    by_u, by_v = s - d0, d1 - s
+    by_Q = torch.lerp(by_u, by_v, xi) + (v - u)
+    by_D = torch.lerp(by_v, by_u, xi) - (v - u)
+    return (by_Q / Q - 2 * by_D / D) / w
