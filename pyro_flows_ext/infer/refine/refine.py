@@ -155,10 +155,11 @@ class _Run:
             if done() or self._is_spent():
                 break
             num = max(self.chains.u.shape[1], FIRST_LOOK)
+            # Chains that have moved were tuned too far from where they are now.
+            moved = self.max_r_hat > MAX_R_HAT and (self.drift.detected or self.settling.detected)
+            tuning = None if moved else self._tuning()
             if self.settling.detected:
                 self.chains = self.chains.after(self.chains.u.shape[1] // 2)
-            # Chains that are slow to mix may have been tuned too far from where they are now.
-            tuning = self._tuning() if self.max_r_hat <= MAX_R_HAT else None
             more = self._advance(self.chains.z[:, -1], num, tuning)
             self.chains = self.chains.followed_by(more)
         else:

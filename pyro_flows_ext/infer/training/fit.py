@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from ...programs import (
 from .._loop import OptimFactory, check_settings, seeded
 from ..elbo import ImportanceWeightedELBO
 from ..importance import model_first
-from ..warm_start import whiten_at_posterior
+from ..warm_start import Mode, whiten_at_posterior
+from .enlarge import fit_enlarging
 from .objectives import ELBOObjective, Objective, PathObjective
 from .posterior import FlowPosterior, GuidePosterior, Posterior
 from .result import FitResult
@@ -49,7 +51,7 @@ MAX_CHAIN_DIM = 3000
 
 def fit(
     model: Program,
-    guide: Program,
+    guide: Program | str,
     *args: Any,
     max_steps: int = 5000,
     target_ess: float = 0.5,
@@ -79,7 +81,8 @@ def fit(
     chains mix, which `result.sample` then returns. It ends "level" where nothing is gained, else "out of steps".
 
     Args:
-        model, guide: Pyro programs of the same arguments.
+        model, guide: Pyro programs of the same arguments. The guide may be "auto": a Gaussian, an IAF, splines and a CIF in turn,
+            each from where the last one ended, until one is trusted; `result.tried` names them.
         args, kwargs: these arguments; bind keywords that `fit` has too by `functools.partial`.
         max_steps, target_ess: the most optimizer steps, and the effective share of draws in (0, 1).
         num_steps: a fixed number of steps instead, not verified unless `refine=True`.
@@ -107,36 +110,83 @@ def fit(
         >>> fit(model, AutoIAF(model), torch.randn(20), seed=0, progress=False).trusted
         True
     """
+    if isinstance(guide, str):
+        return _fit_auto(dict(locals()))
     options = _options(locals())
+    with seeded(seed):
+        return _fit_one(
+            model, guide, args, kwargs, options, loss=loss, warm_start=warm_start, resume=resume
+        )
+
+
+def _fit_one(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    *,
+    loss: ELBO | None = None,
+    warm_start: bool | str = "auto",
+    resume: bool = False,
+    modes: Sequence[Mode] = (),
+) -> FitResult:
+    """`fit` of one guide, inside its seed; `modes` are those known where there is no warm start."""
+    begin = time.perf_counter()
     model, guide = model_first(model, guide)
     check_finite_log_joint(model, args, kwargs)
-    with seeded(seed):
-        begin = time.perf_counter()
-        is_new = _set_up(guide, args, kwargs)
-        single = traces_of(model, guide, args, kwargs)
-        check_latents(*single)
-        check_shapes(*single)
-        flow = guide if isinstance(guide, AutoFlow) else None
-        log_joint = None
-        if flow is not None and loss is None:
-            log_joint = LogJoint(model, args, kwargs, latents=flow.latents)
-        run = Run(model, guide, args, kwargs, options)
-        if checkpoint is not None:
-            remove_unfinished(Path(checkpoint).parent)
-        is_resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
-        if not is_resumed and isinstance(guide, FlowGuide):
-            wanted = is_new or guide.is_untrained if warm_start == "auto" else bool(warm_start)
-            if wanted:
-                run.announce("warm start")
-                found = log_joint or LogJoint(model, args, kwargs, latents=guide.latents)
-                run.warm_start = whiten_at_posterior(found, guide)
-        run.prepare(
-            _objective(model, guide, args, kwargs, log_joint, loss, num_particles, options),
-            _posterior(model, guide, args, kwargs, log_joint, single),
+    is_new = _set_up(guide, args, kwargs)
+    single = traces_of(model, guide, args, kwargs)
+    check_latents(*single)
+    check_shapes(*single)
+    flow = guide if isinstance(guide, AutoFlow) else None
+    log_joint = None
+    if flow is not None and loss is None:
+        log_joint = LogJoint(model, args, kwargs, latents=flow.latents)
+    run = Run(model, guide, args, kwargs, options)
+    run.modes = list(modes)
+    path = options.checkpoint
+    if path is not None:
+        remove_unfinished(Path(path).parent)
+    is_resumed = resume and path is not None and os.path.exists(path)
+    if not is_resumed and isinstance(guide, FlowGuide):
+        wanted = is_new or guide.is_untrained if warm_start == "auto" else bool(warm_start)
+        if wanted:
+            run.announce("warm start")
+            found = log_joint or LogJoint(model, args, kwargs, latents=guide.latents)
+            run.warm_start = whiten_at_posterior(found, guide)
+    run.prepare(
+        _objective(model, guide, args, kwargs, log_joint, loss, options),
+        _posterior(model, guide, args, kwargs, log_joint, single),
+    )
+    if is_resumed:
+        run.resume()
+    return run.finish(*run.train(), begin)
+
+
+def _fit_auto(given: dict[str, Any]) -> FitResult:
+    """`fit` of `guide="auto"`, from its arguments. Raises `ValueError` for another string and options of a single guide."""
+    if given["guide"] != "auto":
+        raise ValueError(f'guide: expected a Pyro program or "auto", got {given["guide"]!r}')
+    for name in ("num_steps", "checkpoint", "loss"):
+        if given[name] is not None:
+            raise ValueError(
+                f'{name}: expected None with guide="auto"; give a guide, such as AutoIAF'
+            )
+    if given["warm_start"] != "auto":
+        raise ValueError(
+            'warm_start: expected "auto" with guide="auto"; give a guide, such as AutoIAF'
         )
-        if is_resumed:
-            run.resume()
-        return run.finish(*run.train(), begin)
+    options = _options(given)
+    model, args, kwargs, seed = (given[name] for name in ("model", "args", "kwargs", "seed"))
+
+    def train(guide: Program, max_steps: int, **how: Any) -> FitResult:
+        return _fit_one(
+            model, guide, args, kwargs, dataclasses.replace(options, max_steps=max_steps), **how
+        )
+
+    with seeded(seed):
+        return fit_enlarging(train, model, args, kwargs, given["max_steps"])
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -186,10 +236,10 @@ def _objective(
     kwargs: dict[str, Any],
     log_joint: LogJoint | None,
     loss: ELBO | None,
-    num_particles: int | None,
     options: Options,
 ) -> Objective:
     """The path gradient for flow guides on a log joint; otherwise the ELBO given, or one of Pyro's."""
+    num_particles = options.num_particles
     if loss is not None:
         return ELBOObjective(loss, model, guide, args, kwargs)
     if log_joint is not None and isinstance(guide, AutoFlow):

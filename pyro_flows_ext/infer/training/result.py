@@ -39,6 +39,7 @@ class FitResult:
         losses: minus the bound of every step `(steps)`, float64, NaN where a step was skipped.
         warm_start: the Gaussian that the guide started from, or None.
         compiled: whether the last steps ran compiled.
+        tried: with `guide="auto"`, the guides tried so far, the simplest first: "gaussian", "iaf", "nsf", "cif".
     """
 
     guide: Program = field(repr=False)
@@ -56,6 +57,7 @@ class FitResult:
     seconds: float
     warm_start: WarmStart | None = field(repr=False, default=None)
     compiled: bool = False
+    tried: tuple[str, ...] = ()
     _draw: Callable[[int], dict[str, Tensor]] | None = field(repr=False, default=None)
     _program: tuple[Program, tuple[Any, ...], Mapping[str, Any]] | None = field(
         repr=False, default=None
@@ -139,6 +141,8 @@ class FitResult:
 
     def __str__(self) -> str:
         lines = [self.verdict, *self.advice]
+        if self.tried:
+            lines.insert(1, f"Guides tried: {', '.join(self.tried)}.")
         if self._draw is not None:
             table = self.summary()
             lines.append(table.head(TABLE_ROWS).to_string(float_format=lambda v: f"{v:.4g}"))
