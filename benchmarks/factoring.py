@@ -189,6 +189,8 @@ def run(seed: int, data: Tensor, test: Tensor, options: Any) -> tuple[list[dict[
             row["masks"] = describe(squeeze(pixels), kept["contributions"], chosen)
         rows.append(row)
         print(f"seed {seed}  {name:24s} {row['bits']:.4f} bits/dim  {seconds:.0f} s", flush=True)
+        if "masks" in row:
+            print("   ".join(f"{k} {v:.2f}" for k, v in row["masks"].items()), flush=True)
     return rows, kept | {"flows": flows}
 
 
@@ -221,10 +223,6 @@ def report(rows: list[dict[str, Any]]) -> None:
             gap = x - np.array(found["channel"])
             line += "   less channel: " + "  ".join(f"{g:+.4f}" for g in gap)
         print(line)
-    for row in rows:
-        if "masks" in row:
-            found_here = "   ".join(f"{name} {value:.2f}" for name, value in row["masks"].items())
-            print(f"seed {row['seed']}: {found_here}")
 
 
 def main() -> None:

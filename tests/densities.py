@@ -82,6 +82,17 @@ def indexed(transforms: object, dim: int = 2, **options: object) -> D.Continuous
     return D.ContinuouslyIndexedFlow(normal(dim), transforms, 1, (5,), (6,), **options)
 
 
+def indexed_images(**options: object) -> D.ContinuouslyIndexedFlow:
+    """Of images of one channel and 4 x 4 pixels, from noise of four channels and 2 x 2."""
+    takes = {key: value for key, value in options.items() if key == "context_dim"}
+    parts = [
+        T.affine_coupling((4, 2, 2), (4,), **takes),
+        T.ComposeFlow([T.Invertible1x1Conv(4), T.Squeeze(2).inv]),
+        T.ResidualFlow((1, 4, 4), (3,), exact_log_det=True).inv,
+    ]
+    return D.ContinuouslyIndexedFlow(normal(4, 2, 2), parts, 2, (5,), (6,), **options)
+
+
 def by_quadrature(flow: D.ContinuouslyIndexedFlow, x: torch.Tensor) -> torch.Tensor:
     """log p(x) of one layer with u of one dimension, by the trapezoid rule over u: `(*, D)` -> `(*)`."""
     (layer,) = flow.layers
@@ -191,6 +202,18 @@ DENSITIES = {
     ),
     "indexed-nsf": DensityEntry(
         lambda: indexed(T.spline_coupling(2, SMALL, num_bins=4)), scale=0.4, reference=by_quadrature
+    ),
+    "indexed-context": DensityEntry(
+        lambda: indexed(
+            T.affine_coupling(2, SMALL, context_dim=CONTEXT_DIM), context_dim=CONTEXT_DIM
+        ),
+        context_dim=CONTEXT_DIM,
+        scale=0.2,
+    ),
+    "indexed-images": DensityEntry(indexed_images, scale=0.3),
+    "indexed-images-by-vector": DensityEntry(lambda: indexed_images(index_image=False), scale=0.3),
+    "indexed-images-context": DensityEntry(
+        lambda: indexed_images(context_dim=CONTEXT_DIM), context_dim=CONTEXT_DIM, scale=0.3
     ),
     "nested-dropout": DensityEntry(
         lambda: D.NestedDropoutFlow(normal(2), [T.affine_coupling(2, SMALL), T.LULinear(2)])

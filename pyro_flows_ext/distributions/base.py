@@ -252,6 +252,7 @@ class TransformedDensity(Density):
     """
 
     base: Distribution | nn.Module
+    context_standardization: Standardize | None
 
     def __init__(self, base: Distribution | nn.Module, validate_args: bool | None = None):
         if not isinstance(base, Distribution | nn.Module):
@@ -263,10 +264,37 @@ class TransformedDensity(Density):
         super().__init__(validate_args=validate_args)
         self.base = base
         self.context: Tensor | None = None
+        self.register_module("context_standardization", None)
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
         return bool(self._base_dist().has_rsample)
+
+    def standardize_context(self, loc: Tensor, scale: Tensor) -> None:
+        """Sets the units of contexts in place: the layers get (context - loc) / scale, both `(context_dim)`.
+
+        Raises:
+            ValueError: the density takes no context, or the values do not fit.
+        """
+        if not self.context_dim or loc.shape != (self.context_dim,):
+            raise ValueError(
+                f"standardize_context: expected loc and scale of shape ({self.context_dim},) for context_dim = "
+                f"{self.context_dim}, got {tuple(loc.shape)}"
+            )
+        some = next(self.parameters(), torch.empty(0))
+        self.context_standardization = Standardize(loc.to(some), scale.to(some), 1)
+
+    def _context_to_layers(self, context: Tensor) -> Tensor:
+        """A context in the units of the layers."""
+        if self.context_standardization is None:
+            return context
+        return self.context_standardization.forward_and_ladj(context)[0]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        loc = state_dict.get(f"{prefix}context_standardization.loc")
+        if loc is not None and self.context_standardization is None and self.context_dim:
+            self.standardize_context(torch.zeros_like(loc), torch.ones_like(loc))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _base_dist(self, event_dim: int = 0) -> Any:
         """The base's current distribution, with rightmost batch dimensions declared events until it has `event_dim`."""

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Self
 
-from ..transforms import ComposeFlow, FlowTransform, Standardize
+from ..transforms import ComposeFlow, FlowTransform
 from .base import TransformedDensity, log_prob_anywhere
 
 
@@ -42,7 +42,6 @@ class FlowDistribution(TransformedDensity):
 
     transform: FlowTransform
     can_standardize = True
-    context_standardization: Standardize | None
 
     def __init__(
         self,
@@ -54,7 +53,6 @@ class FlowDistribution(TransformedDensity):
         transform = _compose(transforms)
         super().__init__(base, validate_args)
         self.transform = transform
-        self.register_module("context_standardization", None)
         if not transform.context_dim or not getattr(base, "takes_context", False):
             self._batch_shape, self._event_shape = self._shapes()
 
@@ -63,28 +61,13 @@ class FlowDistribution(TransformedDensity):
         """The length of the context that `condition` takes; 0 for none, and once conditioned."""
         return self.transform.context_dim
 
-    def standardize_context(self, loc: Tensor, scale: Tensor) -> None:
-        """Sets the units of contexts in place: the layers get (context - loc) / scale, both `(context_dim)`.
-
-        Raises:
-            ValueError: the density takes no context, or the values do not fit.
-        """
-        if not self.context_dim or loc.shape != (self.context_dim,):
-            raise ValueError(
-                f"standardize_context: expected loc and scale of shape ({self.context_dim},) for context_dim = "
-                f"{self.context_dim}, got {tuple(loc.shape)}"
-            )
-        some = next(self.parameters(), torch.empty(0))
-        self.context_standardization = Standardize(loc.to(some), scale.to(some), 1)
-
     def condition(self, context: Tensor) -> Self:
         """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
         if not self.transform.context_dim:
             raise ValueError(
                 "condition: expected a density with a context, got one without; build a transform with context_dim > 0"
             )
-        if self.context_standardization is not None:
-            context = self.context_standardization.forward_and_ladj(context)[0]
+        context = self._context_to_layers(context)
         transform = self.transform.condition(context)
         view = self._view(self.batch_shape, transform=transform, context=context)
         view._batch_shape, view._event_shape = view._shapes()
@@ -139,12 +122,6 @@ class FlowDistribution(TransformedDensity):
 
     def _layers_codomain(self) -> Any:
         return self.transform.codomain
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        loc = state_dict.get(f"{prefix}context_standardization.loc")
-        if loc is not None and self.context_standardization is None and self.context_dim:
-            self.standardize_context(torch.zeros_like(loc), torch.ones_like(loc))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _shapes(self) -> tuple[Size, Size]:
         """Batch and event shape: of the base through the transform."""

@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Self
 
-from ..ops import check_positive
+from ..ops import check_context_dim, check_event, check_positive
 from ..transforms import FlowTransform
 from ._bound import BoundedDensity
 from .base import TransformedDensity, log_prob_anywhere
@@ -22,7 +22,7 @@ from .normal import affine_by, log_standard_normal
 
 
 class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
-    """z_0 ~ base, u_l ~ p_l(u | z_{l-1}), z_l = F_l(z_{l-1}; u_l) for l = 1 ... L, x = z_L, of vectors `(*, D)`.
+    """z_0 ~ base, u_l ~ p_l(u | z_{l-1}), z_l = F_l(z_{l-1}; u_l) for l = 1 ... L, x = z_L: vectors `(*, D)` or images.
 
     F(z; u) = f(exp(s(u)) ⊙ z + t(u)) around any transform f (`transforms.IndexedTransform`). A map for every u makes
     holes, edges and separate parts that no single continuous map of a Gaussian has. Draws are exact. The log-density
@@ -43,12 +43,15 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         base: as in `FlowDistribution`.
         transforms: one `FlowTransform` for one layer, or one a layer, as the parts of a preset (`maf(2,
             num_layers=5)`).
-        index_dim: length of u_l.
-        hidden_dims, index_hidden_dims: widths of the networks of s and t, and of p_l and q_l.
+        index_dim: length of u_l, or its number of channels.
+        hidden_dims, index_hidden_dims: widths of the networks of s and t, and of p_l and q_l. For images these are
+            `nn.ResidualConvNet`s with a block for each width, all equal.
+        index_image: whether u_l of an image is an image of the size of z_{l-1}; a vector otherwise.
+        context_dim: length of the context of `condition`, which all networks read.
 
     Raises:
         TypeError: for a base or a transform of another kind.
-        ValueError: for a base with parameters that would not train, and for events that are no vectors.
+        ValueError: for a base with parameters that would not train, and for events that are neither vectors nor images.
 
     References:
         Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
@@ -65,6 +68,8 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         hidden_dims: Sequence[int] = (10, 10),
         index_hidden_dims: Sequence[int] = (50, 50),
         *,
+        index_image: bool = True,
+        context_dim: int = 0,
         validate_args: bool | None = None,
     ):
         parts = list(transforms) if isinstance(transforms, Iterable) else [transforms]
@@ -74,25 +79,49 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
             if not isinstance(part, FlowTransform):
                 raise TypeError(f"transforms: expected FlowTransforms, got a {type(part).__name__}")
         super().__init__(base, validate_args)
-        shaped = self._base_dist(event_dim=1)
-        if len(shaped.event_shape) != 1:
+        self._base_event_dim = parts[0].domain.event_dim
+        shaped = self._base_dist(self._base_event_dim)
+        shape = shaped.event_shape
+        if len(shape) != self._base_event_dim or len(shape) not in (1, 3):
             raise ValueError(
-                f"base: expected draws that are vectors (*, D), got events of shape {tuple(shaped.event_shape)}"
+                f"base: expected draws that are {'images (*, C, H, W)' if self._base_event_dim == 3 else 'vectors (*, D)'}, "
+                f"got events of shape {tuple(shape)}"
             )
-        self._batch_shape, self._event_shape = shaped.batch_shape, shaped.event_shape
-        self.index_dim = check_positive("index_dim", index_dim)
-        (dim,) = self.event_shape
-        self.layers = nn.ModuleList(
-            IndexedLayer(
-                part,
-                dim,
-                self.index_dim,
-                tuple(hidden_dims),
-                tuple(index_hidden_dims),
-                informative=True,
+        self.context_dim = check_context_dim(context_dim)
+        size = check_positive("index_dim", index_dim)
+        layers = []
+        for part in parts:
+            index_shape = (size, *shape[1:]) if index_image else (size,)
+            layers.append(
+                IndexedLayer(
+                    part,
+                    tuple(shape),
+                    index_shape,
+                    tuple(hidden_dims),
+                    tuple(index_hidden_dims),
+                    context_dim,
+                    informative=True,
+                )
             )
-            for part in parts
-        )
+            shape = part.forward_shape(shape)
+        self._batch_shape, self._event_shape = shaped.batch_shape, shape
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def index_dim(self) -> int:
+        """The length of each index, or its number of channels."""
+        return self.layers[0].index_shape[0]  # type: ignore[no-any-return, union-attr, index]
+
+    def condition(self, context: Tensor) -> Self:
+        """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
+        if not self.context_dim:
+            raise ValueError(
+                "condition: this density takes no context; build one with context_dim > 0"
+            )
+        check_event("context", context, self.context_dim)
+        context = self._context_to_layers(context)
+        batch = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
+        return self._view(batch, context=context, context_dim=0)
 
     # --- the distribution ---
 
@@ -120,55 +149,68 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         if obs is None:
             return pyro.sample(name, self)
         batch = self._check_value(obs)
-        zeros = obs.new_zeros(*batch, self.index_dim)
-        prior = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
-        indices = [pyro.sample(f"{name}_u{l}", prior) for l in range(1, len(self.layers) + 1)]
+        indices = []
+        for l, shape in enumerate(self._index_shapes, 1):
+            zeros = obs.new_zeros(batch + shape)
+            prior = dist.Normal(zeros, torch.ones_like(zeros)).to_event(len(shape))
+            indices.append(pyro.sample(f"{name}_u{l}", prior))
         return pyro.sample(name, _GivenIndices(self, indices), obs=obs)
 
     def guide(self, name: str, obs: Tensor) -> None:
         """Samples the indices of `model(name, obs)` from q(u | obs)."""
         batch = self._check_value(obs)
 
-        def draw(l: int) -> Index:
+        def draw(l: int, dims: int) -> Index:
             def from_site(params: Tensor) -> Tensor:
-                loc, log_scale = affine_by(
-                    torch.zeros_like(params[..., : self.index_dim]), params, inverse=False
-                )
-                q = dist.Normal(loc, log_scale.exp()).to_event(1)
+                zeros = torch.zeros_like(params.chunk(2, -dims)[0])
+                loc, log_scale = affine_by(zeros, params, inverse=False, event_dim=dims)
+                q = dist.Normal(loc, log_scale.exp()).to_event(dims)
                 return pyro.sample(f"{name}_u{l}", q)
 
             return from_site
 
-        self._pull(obs.expand(batch + self.event_shape), [draw(l + 1) for l in self._numbers])
+        indices = [draw(l, len(shape)) for l, shape in enumerate(self._index_shapes, 1)]
+        self._pull(obs.expand(batch + self.event_shape), indices)
 
     # --- passes ---
 
     @property
-    def _numbers(self) -> range:
-        return range(len(self.layers))
+    def _index_shapes(self) -> list[Size]:
+        return [layer.index_shape for layer in self.layers]  # type: ignore[misc]
 
     def _base_at_batch(self) -> Any:
-        return self._base_dist(event_dim=1).expand(self.batch_shape)
+        return self._base_dist(self._base_event_dim).expand(self.batch_shape)
 
     def _push(self, z: Tensor) -> Tensor:
+        context = self._given_context()
         for layer in self.layers:
-            noise = torch.randn_like(z[..., :1].expand(*z.shape[:-1], self.index_dim))
-            z, _, _ = layer.push(z, noise)  # type: ignore[operator]
+            batch = z.shape[: z.dim() - layer.indexed.transform.domain.event_dim]  # type: ignore[union-attr]
+            noise = torch.randn_like(z.new_zeros(batch + layer.index_shape))  # type: ignore[operator]
+            z, _, _ = layer.push(z, noise, context)  # type: ignore[operator]
         return self._from_layers(z)
 
     def _pull(self, value: Tensor, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
         """log p(value, u) and log q(u | value), `(*)` each, for `indices` u_1 ... u_L."""
+        context = self._given_context()
         z, scaling = self._to_layers(value)
         log_p, log_q = [], []
-        for l in reversed(self._numbers):
-            z, noise, (ladj, log_r) = self.layers[l].pull(z, indices[l])  # type: ignore[operator]
-            log_p.append(ladj + log_standard_normal(noise))
+        for layer, index in zip(list(self.layers)[::-1], indices[::-1], strict=True):
+            z, noise, (ladj, log_r) = layer.pull(z, index, context)  # type: ignore[operator]
+            log_p.append(ladj + log_standard_normal(noise, len(layer.index_shape)))  # type: ignore[arg-type]
             log_q.append(log_r)
-        log_base = log_prob_anywhere(self._base_dist(event_dim=1), z)
+        log_base = log_prob_anywhere(self._base_dist(self._base_event_dim), z)
         return log_base + scaling + torch.stack(log_p).sum(0), torch.stack(log_q).sum(0)
 
+    def _given_context(self) -> Tensor | None:
+        if self.context_dim:
+            raise ValueError(
+                "this density depends on a context: call condition(context) first, with one of shape "
+                f"(*, {self.context_dim})"
+            )
+        return self.context
+
     def _log_weights(self, value: Tensor) -> Tensor:
-        log_p, log_q = self._pull(value, [None for _ in self._numbers])
+        log_p, log_q = self._pull(value, [None for _ in self.layers])
         return log_p - log_q
 
 
@@ -179,19 +221,30 @@ class _GivenIndices(TorchDistribution):
 
     def __init__(self, flow: ContinuouslyIndexedFlow, indices: Sequence[Tensor]):
         self.flow, self.indices = flow, indices
-        batch = torch.broadcast_shapes(*(u.shape[:-1] for u in indices))
+        batch = torch.broadcast_shapes(*(self._batch_of(u) for u in indices))
         super().__init__(batch, flow.event_shape, validate_args=False)
 
     @property
     def support(self) -> Any:
         return self.flow.support
 
+    def _batch_of(self, index: Tensor) -> Size:
+        return index.shape[: index.dim() - self._index_dims]
+
+    @property
+    def _index_dims(self) -> int:
+        return len(self.flow._index_shapes[0])
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        indices = [u.expand(*batch_shape, u.shape[-1]) for u in self.indices]
-        return type(self)(self.flow, indices)
+        return type(self)(self.flow, self._expanded(Size(batch_shape)))
+
+    def _expanded(self, batch: Size) -> list[Tensor]:
+        return [u.expand(batch + u.shape[u.dim() - self._index_dims :]) for u in self.indices]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        batch: Size = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        indices = [u.expand(*batch, u.shape[-1]) for u in self.indices]
-        log_p, _ = self.flow._pull(value.expand(*batch, -1), indices)
-        return log_p - torch.stack([log_standard_normal(u) for u in indices]).sum(0)
+        cut = value.dim() - len(self.event_shape)
+        batch: Size = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+        indices = self._expanded(batch)
+        log_p, _ = self.flow._pull(value.expand(batch + self.event_shape), indices)
+        dims = self._index_dims
+        return log_p - torch.stack([log_standard_normal(u, dims) for u in indices]).sum(0)

@@ -94,7 +94,9 @@ FLOWS = {
     "planar": _preset(Planar, "planar"),
     "radial": _preset(Radial, "radial"),
     "sylvester": _preset(Sylvester, "sylvester"),
-    "cif-maf": Flow(CIF, "maf, continuously indexed (Cornish et al. 2020); a bound"),
+    "cif-maf": Flow(
+        CIF, "maf, continuously indexed (Cornish et al. 2020); a bound", {"flow": "maf"}
+    ),
     "cif-nsf": Flow(
         CIF,
         "nsf, continuously indexed (Cornish et al. 2020); a bound",

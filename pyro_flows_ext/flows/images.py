@@ -18,6 +18,8 @@ from ..transforms import (
     Invertible1x1Conv,
     Pixelwise,
     RationalQuadratic,
+    ResidualFlow,
+    Squeeze,
 )
 from .recipe import recorded
 
@@ -139,11 +141,43 @@ def _options(
     }
 
 
-def _couplings(shape: Shape, num_layers: int, **options: Any) -> FlowTransform:
+def image_layers(
+    event_shape: Sequence[int],
+    flow: str,
+    num_layers: int | None,
+    hidden_dims: Sequence[int] | None,
+    context_dim: int,
+    **options: Any,
+) -> list[FlowTransform]:
+    """Layers of images of a flow by name, one by one, from the base to the data; "glow" and "residual" start at half the size."""
+    if flow not in ("glow", "realnvp", "residual"):
+        raise ValueError(f"flow: expected glow, realnvp or residual for images, got {flow!r}")
+    C, H, W = event_shape
+    squeezed = flow != "realnvp"
+    shape = tuple(Squeeze().forward_shape((C, H, W))) if squeezed else (C, H, W)
+    depth = _options(event_shape, num_layers or 4, (), context_dim)["num_layers"]
+    layers: list[FlowTransform] = []
+    for i in range(depth):
+        if flow == "residual":
+            residual = ResidualFlow(shape, hidden_dims, context_dim=context_dim, **options)
+            layers.append(residual.inv)
+            continue
+        widths = (32, 32) if hidden_dims is None else tuple(hidden_dims)
+        if flow == "glow":
+            parts = _steps(shape, 1, hidden_dims=widths, context_dim=context_dim, **options)  # type: ignore[arg-type]
+        else:
+            parts = _couplings(shape, 1, hidden_dims=widths, context_dim=context_dim, flip=i % 2 == 1, **options)  # type: ignore[arg-type]  # fmt: skip
+        layers.append(parts)
+    if squeezed:
+        layers[-1] = ComposeFlow([layers[-1], Squeeze().inv])
+    return layers
+
+
+def _couplings(shape: Shape, num_layers: int, flip: bool = False, **options: Any) -> FlowTransform:
     """Affine couplings with checkerboards in turn."""
     parts: list[FlowTransform] = []
     for i in range(num_layers):
-        parts.append(Coupling(shape, mask="checkerboard", flip=i % 2 == 1, **options))
+        parts.append(Coupling(shape, mask="checkerboard", flip=(i % 2 == 1) != flip, **options))
         parts.append(Pixelwise(ActNorm(shape[0])))
     return ComposeFlow(parts)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyro.distributions as dist
+import torch
 from torch import nn
 from torch.distributions import Distribution
 
 from ..distributions import ContinuouslyIndexedFlow, FlowVAE, NestedDropoutFlow
-from ..ops import check_positive
+from ..ops import check_context_dim, check_positive
 from ..transforms import LULinear, QRLinear
 from ..transforms.presets import PRESETS
+from .images import image_layers
 from .recipe import base_of, read_size, recorded
 
 LINEAR: dict[str, Any] = {"qr": QRLinear, "lu": LULinear}
@@ -25,7 +28,7 @@ def CIF(
     hidden_dims: Sequence[int] | None = None,
     base: Distribution | nn.Module | None = None,
     *,
-    flow: str = "maf",
+    flow: str | None = None,
     index_dim: int = 1,
     **options: Any,
 ) -> ContinuouslyIndexedFlow:
@@ -34,19 +37,20 @@ def CIF(
     For data with holes, edges and separate parts, which no continuous map of a Gaussian has. Draws are exact.
 
     Args:
-        event_shape, base: as in `NSF`.
-        context_dim: 0, as its densities take no context.
+        event_shape, base: as in `NSF`; or `(C, H, W)` for images, over a standard normal.
+        context_dim: number of context variables that all networks see; takes a flow that reads them.
         num_layers: number of layers of the flow; its own default for None.
         hidden_dims: widths of the networks of the flow.
-        flow: a name in `transforms.presets.PRESETS`.
-        index_dim: the length of each index.
+        flow: a name in `transforms.presets.PRESETS`, by default "maf"; for images "glow", "realnvp" or "residual", the
+            default.
+        index_dim: the length of each index; for images its number of channels.
         options: of the flow.
 
     Returns:
         A `ContinuouslyIndexedFlow`: `log_prob` is one draw of the bound, `log_prob_bound` takes many.
 
     Raises:
-        ValueError: for a context, an unknown flow and arguments out of range.
+        ValueError: for an unknown flow and arguments out of range.
 
     Example:
         >>> pf.flows.CIF(2, num_layers=2).log_prob_bound(torch.zeros(5, 2), 10).shape
@@ -56,13 +60,29 @@ def CIF(
         Cornish, Caterini, Deligiannidis & Doucet 2020, Relaxing Bijectivity Constraints with Continuously Indexed
         Normalising Flows.
     """
-    if context_dim:
-        raise ValueError(
-            f"context_dim: expected 0, as CIF takes no context, got {context_dim!r}; NSF takes one"
+    if isinstance(event_shape, Sequence) and len(event_shape) == 3:
+        if base is not None:
+            raise ValueError("base: expected none for images, whose base is standard normal")
+        parts = image_layers(
+            event_shape, flow or "residual", num_layers, hidden_dims, context_dim, **options
+        )
+        shape = torch.Size(event_shape)
+        for part in reversed(parts):
+            shape = part.inverse_shape(shape)
+        noise = dist.Normal(torch.zeros(shape), 1.0).to_event(3)
+        return ContinuouslyIndexedFlow(
+            noise, parts, index_dim, (16,), (32, 32), context_dim=context_dim
         )
     size = read_size(event_shape)
-    transform = _preset(flow, size, num_layers, hidden_dims, **options)
-    return ContinuouslyIndexedFlow(base_of(size, base), transform, index_dim)
+    if context_dim:
+        options["context_dim"] = check_context_dim(context_dim)
+    transform = _preset(flow or "maf", size, num_layers, hidden_dims, **options)
+    return ContinuouslyIndexedFlow(
+        base_of(size, base),
+        transform,
+        index_dim,
+        context_dim=context_dim,
+    )
 
 
 @recorded

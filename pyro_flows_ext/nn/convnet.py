@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,18 @@ class _Block(nn.Module):
             change, gate = change.chunk(2, -3)
             change = change * gate.sigmoid()
         return h + change
+
+
+def convnet(
+    in_channels: int, out_channels: int, hidden_dims: Sequence[int] | None, **options: Any
+) -> ResidualConvNet:
+    """Returns a `ResidualConvNet` with a block for each of `hidden_dims`, all equal: `(32, 32)` by default."""
+    widths = (32, 32) if hidden_dims is None else tuple(hidden_dims)
+    if len(set(widths)) != 1:
+        raise ValueError(
+            f"hidden_dims: expected equal numbers of channels for images, one a residual block, got {widths}"
+        )
+    return ResidualConvNet(in_channels, out_channels, widths[0], len(widths), **options)
 
 
 def join_channels(x: Tensor, context: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 from pyro.distributions import constraints
 from torch import Tensor, broadcast_shapes, nn
 
-from ..nn import MLP, ResidualConvNet
-from ..nn.convnet import join_channels
+from ..nn import MLP
+from ..nn.convnet import convnet, join_channels
 from ..nn.mlp import join_context
 from ..ops import check_context_dim, read_event_shape
 from ._split import make_split
@@ -88,7 +88,7 @@ class Coupling(FlowTransform):
                 "hidden_dims: these belong to the default network; give them or net, not both"
             )
         if net is None:
-            make_net = _mlp if len(self.event_shape) == 1 else _convnet
+            make_net = _mlp if len(self.event_shape) == 1 else convnet
             net = make_net(
                 self.split.seen[0],
                 num_params * n,
@@ -151,14 +151,3 @@ class Coupling(FlowTransform):
 
 def _mlp(in_dim: int, out_dim: int, hidden_dims: Sequence[int] | None, **options: Any) -> nn.Module:
     return MLP(in_dim, out_dim, (64, 64) if hidden_dims is None else hidden_dims, **options)
-
-
-def _convnet(
-    in_channels: int, out_channels: int, hidden_dims: Sequence[int] | None, **options: Any
-) -> nn.Module:
-    widths = (32, 32) if hidden_dims is None else tuple(hidden_dims)
-    if len(set(widths)) != 1:
-        raise ValueError(
-            f"hidden_dims: expected equal numbers of channels for images, one a residual block, got {widths}"
-        )
-    return ResidualConvNet(in_channels, out_channels, widths[0], len(widths), **options)

@@ -140,7 +140,7 @@ def test_a_flow_is_a_pyro_distribution():
         (lambda f: f.NSF(3, num_layers=0), "num_layers: expected a positive integer, got 0"),
         (lambda f: f.NSF(3, kind="ar"), "kind: expected one of coupling, autoregressive"),
         (lambda f: f.MAF(3, base=dist.Normal(torch.zeros(2), 1.0)), r"base: expected .* \(3,\)"),
-        (lambda f: f.CIF(3, context_dim=2), "context_dim: expected 0, as CIF takes no context"),
+        (lambda f: f.CIF((1, 4, 4), flow="maf"), "flow: expected glow, realnvp or residual"),
         (lambda f: f.CIF(3, flow="no"), "flow: expected one of nsf, .*; got 'no'"),
         (lambda f: f.NestedDropout(3, num_layers=2), "which is one linear layer, got 2"),
         (lambda f: f.Planar(3, hidden_dims=(8,)), "hidden_dims: expected None where context_dim"),
@@ -160,3 +160,16 @@ def test_unknown_options_are_named():
         make(pf.flows.Recipe("NSF", {"event_shape": 3, "depth": 2}))
     with pytest.raises(ValueError, match=r"recipe: expected one of NSF.*got 'os\.system'"):
         make(pf.flows.Recipe("os.system"))
+
+
+@pytest.mark.parametrize("flow", ["glow", "realnvp", "residual", None])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_indexed_flows_of_images(flow, context_dim):
+    density = pf.flows.CIF((1, 4, 4), context_dim, 2, (4, 4), flow=flow, index_dim=2)
+    x = torch.randn(3, 1, 4, 4)
+    at = density.condition(torch.randn(3, context_dim)) if context_dim else density
+    assert at.log_prob_bound(x, 2).isfinite().all()
+    assert at.sample().shape[-3:] == (1, 4, 4)
+    assert len(density.layers) == 2
+    again = make(density.recipe)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in density.parameters()]
