@@ -110,7 +110,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     @property
     def index_dim(self) -> int:
         """The length of each index, or its number of channels."""
-        return self.layers[0].index_shape[0]  # type: ignore[no-any-return, union-attr, index]
+        return self._index_shapes[0][0]
 
     def condition(self, context: Tensor) -> Self:
         """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
@@ -184,7 +184,8 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     def _push(self, z: Tensor) -> Tensor:
         context = self._given_context()
         for layer in self.layers:
-            batch = z.shape[: z.dim() - layer.indexed.transform.domain.event_dim]  # type: ignore[union-attr]
+            event_dim: int = layer.indexed.transform.domain.event_dim  # type: ignore[union-attr, assignment]
+            batch = z.shape[: z.dim() - event_dim]
             noise = torch.randn_like(z.new_zeros(batch + layer.index_shape))  # type: ignore[operator]
             z, _, _ = layer.push(z, noise, context)  # type: ignore[operator]
         return self._from_layers(z)

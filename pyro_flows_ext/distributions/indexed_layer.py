@@ -49,8 +49,9 @@ class IndexedLayer(nn.Module):
         self.indexed = IndexedTransform(
             transform, index_dim, hidden_dims, input_dim=shape[0], context_dim=context_dim
         )
-        self.input_dim, self.context_dim = input_dim, context_dim
-        self.index_dim, self.index_shape = self.indexed.index_dim, self.indexed.index_shape
+        self.input_dim: Any = input_dim
+        self.index_dim: Any = self.indexed.index_dim
+        self.index_shape, self.context_dim = self.indexed.index_shape, context_dim
         wide = hidden_dims if index_hidden_dims is None else index_hidden_dims
 
         def network() -> nn.Module:
