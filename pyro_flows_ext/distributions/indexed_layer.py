@@ -105,7 +105,7 @@ class _MeanOverPixels(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.net(x, context).mean((-2, -1))  # type: ignore[no-any-return]
+        return self.net(x, context).mean((-2, -1))
 
 
 @torch.no_grad()
