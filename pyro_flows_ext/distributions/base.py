@@ -128,6 +128,12 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
             self.standardize(torch.zeros_like(loc), torch.ones_like(loc))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def condition(self, context: Tensor) -> Self:
+        """The density at a context `(*, context_dim)`. Raises `ValueError` for a density that depends on none."""
+        raise ValueError(
+            "condition: expected a density with a context, got one without; build a transform with context_dim > 0"
+        )
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """This density with `batch_shape`, over the same parameters."""
         batch_shape = torch.Size(batch_shape)

@@ -64,9 +64,7 @@ class FlowDistribution(TransformedDensity):
     def condition(self, context: Tensor) -> Self:
         """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
         if not self.transform.context_dim:
-            raise ValueError(
-                "condition: expected a density with a context, got one without; build a transform with context_dim > 0"
-            )
+            return super().condition(context)
         context = self._context_to_layers(context)
         transform = self.transform.condition(context)
         view = self._view(self.batch_shape, transform=transform, context=context)

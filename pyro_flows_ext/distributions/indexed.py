@@ -59,6 +59,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     """
 
     can_standardize = True
+    layers: Any
 
     def __init__(
         self,
@@ -115,9 +116,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     def condition(self, context: Tensor) -> Self:
         """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the base's."""
         if not self.context_dim:
-            raise ValueError(
-                "condition: this density takes no context; build one with context_dim > 0"
-            )
+            return super().condition(context)
         check_event("context", context, self.context_dim)
         context = self._context_to_layers(context)
         batch = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
@@ -136,7 +135,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
 
     @property
     def support(self) -> Any:
-        return self.layers[-1].indexed.transform.codomain  # type: ignore[union-attr]
+        return self.layers[-1].indexed.transform.codomain
 
     # --- the indices as latents of a Pyro program ---
 
@@ -176,7 +175,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
 
     @property
     def _index_shapes(self) -> list[Size]:
-        return [layer.index_shape for layer in self.layers]  # type: ignore[misc]
+        return [layer.index_shape for layer in self.layers]
 
     def _base_at_batch(self) -> Any:
         return self._base_dist(self._base_event_dim).expand(self.batch_shape)
@@ -184,10 +183,10 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
     def _push(self, z: Tensor) -> Tensor:
         context = self._given_context()
         for layer in self.layers:
-            event_dim: int = layer.indexed.transform.domain.event_dim  # type: ignore[union-attr, assignment]
+            event_dim: int = layer.indexed.transform.domain.event_dim
             batch = z.shape[: z.dim() - event_dim]
-            noise = torch.randn_like(z.new_zeros(batch + layer.index_shape))  # type: ignore[operator]
-            z, _, _ = layer.push(z, noise, context)  # type: ignore[operator]
+            noise = torch.randn_like(z.new_zeros(batch + layer.index_shape))
+            z, _, _ = layer.push(z, noise, context)
         return self._from_layers(z)
 
     def _pull(self, value: Tensor, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
@@ -196,8 +195,8 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
         z, scaling = self._to_layers(value)
         log_p, log_q = [], []
         for layer, index in zip(list(self.layers)[::-1], indices[::-1], strict=True):
-            z, noise, (ladj, log_r) = layer.pull(z, index, context)  # type: ignore[operator]
-            log_p.append(ladj + log_standard_normal(noise, len(layer.index_shape)))  # type: ignore[arg-type]
+            z, noise, (ladj, log_r) = layer.pull(z, index, context)
+            log_p.append(ladj + log_standard_normal(noise, len(layer.index_shape)))
             log_q.append(log_r)
         log_base = log_prob_anywhere(self._base_dist(self._base_event_dim), z)
         return log_base + scaling + torch.stack(log_p).sum(0), torch.stack(log_q).sum(0)

@@ -19,8 +19,7 @@ from ..transforms import (
 from ._contributions import masks_by_share, mean_by_place, pull_with_contributions
 from .flow import FlowDistribution
 
-Shape = tuple[int, int, int]
-MakeLevel = Callable[[Shape], FlowTransform]
+MakeLevel = Callable[[Any], FlowTransform]  # of a shape (C, H, W)
 
 
 class MultiScaleFlow(FlowDistribution):
@@ -67,17 +66,17 @@ class MultiScaleFlow(FlowDistribution):
         while len(shapes) < num_levels:
             C, H, W = shapes[-1]
             shapes.append(torch.Size([C * (4 if factor_out == "none" else 2), H // 2, W // 2]))
-        levels = MultiScale([make_level(tuple(s)) for s in shapes], shape, factor_out)  # type: ignore[arg-type]
+        levels = MultiScale([make_level(tuple(s)) for s in shapes], shape, factor_out)
         transform = ComposeFlow([levels, Squeeze().inv]) if squeeze_first else levels
         base = dist.Normal(torch.zeros(shape.numel()), 1.0).to_event(1)
         super().__init__(base, transform, validate_args=validate_args)
-        self._recipe = {"make_level": make_level, "num_levels": num_levels, "squeeze_first": squeeze_first}  # fmt: skip
+        self._recipe: dict[str, Any] = {"make_level": make_level, "num_levels": num_levels, "squeeze_first": squeeze_first}  # fmt: skip
 
     @property
     def multiscale(self) -> MultiScale:
         """The levels, with the `masks` of the elements that leave."""
-        transform = self.transform
-        return transform[0] if isinstance(transform, ComposeFlow) else transform  # type: ignore[return-value]
+        transform: Any = self.transform
+        return transform[0] if isinstance(transform, ComposeFlow) else transform
 
     def factored(self, factor_out: str | Sequence[Tensor]) -> Self:
         """A new flow of the same architecture, not trained, from which latents leave by `factor_out`.
@@ -86,7 +85,7 @@ class MultiScaleFlow(FlowDistribution):
         put in each place.
         """
         some = next(self.parameters())
-        flow = type(self)(self.event_shape, factor_out=factor_out, **self._recipe)  # type: ignore[arg-type]
+        flow = type(self)(self.event_shape, factor_out=factor_out, **self._recipe)
         if self.standardization is not None:
             flow.standardize(self.standardization.loc, self.standardization.scale)
         own = dict(self.named_buffers())
@@ -136,7 +135,7 @@ class MultiScaleFlow(FlowDistribution):
             ladj = torch.zeros_like(image)
             origin = torch.arange(image[0].numel(), device=data.device)
             for i, level in enumerate(levels.levels):
-                image, ladj = pull_with_contributions(level, image, ladj, carry=carry)  # type: ignore[arg-type]
+                image, ladj = pull_with_contributions(level, image, ladj, carry=carry)
                 totals[i][origin.flatten()] += ladj.flatten(-3).sum(0)
                 if i < len(levels.masks):
                     keep = levels.kept(i)

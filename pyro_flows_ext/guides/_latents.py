@@ -113,7 +113,7 @@ class ModelLatents(PortableGuide, AutoContinuous):  # type: ignore[metaclass]
     def _sites(self) -> list[tuple[str, Any]]:
         """The latent sites of the prototype."""
         self._require_setup()
-        return list(self.prototype_trace.iter_stochastic_nodes())  # type: ignore[union-attr]
+        return list(self.prototype_trace.iter_stochastic_nodes())
 
     def _images(
         self,

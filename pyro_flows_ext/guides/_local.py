@@ -198,7 +198,7 @@ class DataPlate:
     indices: Tensor | None
     device: str
     scale: float | Tensor
-    mask: bool | Tensor | None
+    mask: Any
 
     def open(self) -> pyro.plate:
         """The same plate, for a guide; draws its indices if the model's plate does."""
@@ -224,7 +224,7 @@ class DataPlate:
             if isinstance(self.scale, Tensor) or self.scale != 1:
                 stack.enter_context(poutine.scale(scale=self.scale))
             if self.mask is not None:
-                stack.enter_context(poutine.mask(mask=self.mask))  # type: ignore[arg-type]
+                stack.enter_context(poutine.mask(mask=self.mask))
             yield
 
     def rows_of(self, data: Tensor, index: Tensor | None) -> Tensor:
@@ -300,12 +300,12 @@ def find_plate(
             "set up a new guide on these arguments"
         )
     size, full_size = int(plate.subsample_size), int(plate.size)
-    indices: Tensor | None = torch.as_tensor(plate.indices)
-    device = str(indices.device)  # type: ignore[union-attr]
+    indices: Any = torch.as_tensor(plate.indices)
+    device = str(indices.device)
     if in_order:  # a compiled step cannot read the values of the indices
         given = False
     elif size == full_size:
-        given = not torch.equal(indices, torch.arange(size, device=device))  # type: ignore[arg-type]
+        given = not torch.equal(indices, torch.arange(size, device=device))
     scale = msg["scale"] * (size / full_size)
     if not isinstance(scale, Tensor) and math.isclose(scale, 1.0):
         scale = 1.0

@@ -89,7 +89,7 @@ class IndexedLocalFlow(LocalFlow):
         return IndexedFlow(flow, affine)
 
     def noise_dim(self, transform: FlowTransform, latent_dim: int) -> int:
-        return transform.input_dim  # type: ignore[return-value]
+        return transform.input_dim
 
     def weigh(self, name: str, posterior: dist.TransformedDistribution, draws: Tensor) -> None:
         flow: Any = posterior.transforms[0]

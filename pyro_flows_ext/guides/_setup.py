@@ -33,6 +33,7 @@ class PortableGuide(AutoGuide, metaclass=_GuideMeta):  # type: ignore[metaclass]
     contains neither the model nor the attributes named in `_until_set_up`: these may be local functions.
     """
 
+    prototype_trace: Any
     _until_set_up: ClassVar[tuple[str, ...]] = ("_flow_factory",)
 
     # `_program` holds the model as it was given, in a tuple, since a module would become a part of the guide; `self.model` is
@@ -71,9 +72,9 @@ class PortableGuide(AutoGuide, metaclass=_GuideMeta):  # type: ignore[metaclass]
         if pyro.settings.get("module_local_params"):
             return
         held = dict(pyro.get_param_store().named_parameters())
-        for child, module in self._modules.items():
+        for child, module in self.named_children():
             prefix = f"{self._pyro_name}.{child}"
-            for name, parameter in module.named_parameters():  # type: ignore[union-attr]
+            for name, parameter in module.named_parameters():
                 # The one for a plain module, the other for a PyroModule.
                 for key in (param_with_module_name(prefix, name), f"{prefix}.{name}"):
                     if held.get(key, parameter) is not parameter:

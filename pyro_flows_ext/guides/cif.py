@@ -147,6 +147,7 @@ class IndexedFlow(AugmentedFlow):
     conditions layers and placement. Cost: one pass of every layer, in both directions.
     """
 
+    layers: Any
     placement: Any
 
     def __init__(self, layers: Sequence[IndexedLayer], placement: FlowTransform):
@@ -169,7 +170,7 @@ class IndexedFlow(AugmentedFlow):
         z, rest = self._split("x", x)
         indices, sums = [], []
         for layer, eps in zip(self.layers, self._indices(rest), strict=True):
-            z, u, terms = layer.push(z, eps, context)  # type: ignore[operator]
+            z, u, terms = layer.push(z, eps, context)
             indices.append(u)
             sums.append(terms)
         z, ladj = self.placement.forward_and_ladj(z)
@@ -183,7 +184,7 @@ class IndexedFlow(AugmentedFlow):
         sums, noise = [torch.stack([ladj, torch.zeros_like(ladj)])], []
         for k in reversed(range(len(self.layers))):
             u = None if indices is None else indices[k]
-            z, eps, terms = self.layers[k].pull(z, u, context)  # type: ignore[operator]
+            z, eps, terms = self.layers[k].pull(z, u, context)
             noise.append(eps)
             sums.append(terms)
         return torch.cat([z, *reversed(noise)], -1), torch.stack(sums).sum(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,10 @@ class LipschitzNet(nn.Module, ABC):
         ValueError: unless 0 < lipschitz < 1, or if a context is missing, superfluous or of another size.
     """
 
+    layers: Any
+    activations: Any
+    context_layer: Any
+
     def __init__(
         self,
         layers: Sequence[nn.Module],
@@ -116,11 +120,11 @@ class LipschitzNet(nn.Module, ABC):
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList([activation() for _ in layers[1:]])
         first, last = self.layers[0], self.layers[-1]
-        nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.context_layer = None
         if context_dim:
-            units: int = first.weight.shape[0]  # type: ignore[assignment, index]
+            units: int = first.weight.shape[0]
             self.context_layer = nn.Linear(context_dim, units, bias=False)
             if first is last:
                 nn.init.zeros_(self.context_layer.weight)
@@ -134,13 +138,13 @@ class LipschitzNet(nn.Module, ABC):
         c = self.lipschitz ** (1 / len(self.layers))
         layers, biases = [], []
         for layer in self.layers:
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight: Tensor = layer.weight
             norm = self._norm(weight)
             layers.append(self._linear(weight * (c / norm.clamp_min(c))))
-            biases.append(self._per_unit(layer.bias))  # type: ignore[arg-type]
+            biases.append(self._per_unit(layer.bias))
         if context is not None:
-            biases[0] = biases[0] + self._per_unit(self.context_layer(context))  # type: ignore[misc]
-        return BoundLipschitz(layers, biases, list(self.activations))  # type: ignore[arg-type]
+            biases[0] = biases[0] + self._per_unit(self.context_layer(context))
+        return BoundLipschitz(layers, biases, list(self.activations))
 
     @abstractmethod
     def _norm(self, weight: Tensor) -> Tensor:

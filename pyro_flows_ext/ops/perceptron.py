@@ -81,7 +81,7 @@ def perceptron(
         y = _Perceptron.apply(activation, residual, len(weights), x, *weights, *biases)
     else:
         y = _run(x, weights, biases, activation, residual)[0]
-    return y if len(rows) == 1 else y.unflatten(0, rows)  # type: ignore[no-any-return]
+    return y if len(rows) == 1 else y.unflatten(0, rows)
 
 
 def _chain(

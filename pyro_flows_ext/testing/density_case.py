@@ -74,7 +74,7 @@ class DensityCase(ContractCheck):
 
     def at(self, density: Density, context: Tensor | None) -> Density:
         """The density that is sampled and scored: itself, or at a context."""
-        return density if context is None else density.condition(context)  # type: ignore[operator]
+        return density if context is None else density.condition(context)
 
     def log_prob(self, density: Density, value: Tensor) -> Tensor:
         """log p(value), or where that is a random bound, the bound with the same noise at every call."""

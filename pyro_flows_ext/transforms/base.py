@@ -50,6 +50,7 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    input_dim: Any
     inverts_iteratively = False
     carries_scores = False
 
@@ -87,7 +88,7 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
                 f"{type(self).__name__}: expected a call of condition(context) first, with a context of shape "
                 f"(*, {self.context_dim}), got none"
             )
-        check_event(name, x, self.input_dim)  # type: ignore[arg-type]
+        check_event(name, x, self.input_dim)
         # Dynamo cannot trace a walk over the parameters.
         if not torch.compiler.is_compiling() and x.dtype is not next(self.parameters(), x).dtype:
             check_same_dtype(name, x, next(self.parameters()))

@@ -51,7 +51,7 @@ def bounded_affine_by(x: Tensor, theta: Tensor, *, inverse: bool) -> tuple[Tenso
     if theta.shape != (*x.shape[:-1], 2, *x.shape[-1:]) or not fused.may_fuse(x, theta):
         return _by_autograd(x, theta, inverse)
     if fused.needs_graph(x, theta):
-        return _BoundedAffine.apply(x, theta, inverse)  # type: ignore[no-any-return]
+        return _BoundedAffine.apply(x, theta, inverse)
     return _one_pass(x, theta, inverse)[:2]
 
 

@@ -35,6 +35,8 @@ class ComposeFlow(FlowTransform):
         torch.Size([5, 3])
     """
 
+    parts: Any
+
     def __init__(self, parts: Sequence[FlowTransform]):
         super().__init__()
         parts = list(parts)
@@ -67,7 +69,7 @@ class ComposeFlow(FlowTransform):
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total: Any = None
         for part, outer in zip(self.parts, self._outer_dims, strict=True):
-            x, ladj = part.forward_and_ladj(x)  # type: ignore[operator]
+            x, ladj = part.forward_and_ladj(x)
             ladj = sum_rightmost(ladj, outer) if outer else ladj
             total = ladj if total is None else total + ladj
         return x, total
@@ -86,7 +88,7 @@ class ComposeFlow(FlowTransform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         total: Any = None
         for part, outer in zip(reversed(self.parts), self._outer_dims[::-1], strict=True):
-            y, ladj = part.inverse_and_ladj(y)  # type: ignore[operator]
+            y, ladj = part.inverse_and_ladj(y)
             ladj = sum_rightmost(ladj, outer) if outer else ladj
             total = ladj if total is None else total + ladj
         return y, total

@@ -48,6 +48,7 @@ class MultiScale(FlowTransform):
 
     domain = constraints.real_vector
     codomain = IMAGE
+    levels: Any
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class MultiScale(FlowTransform):
         """Returns this transform with all levels at a context `(*, context_dim)`; itself where none depends on one."""
         if not self.context_dim:
             return self
-        levels = [level.condition(context) for level in self.levels]  # type: ignore[operator]
+        levels = [level.condition(context) for level in self.levels]
         return self._with_modules(context.shape[:-1], levels=nn.ModuleList(levels))
 
     @property
@@ -103,7 +104,7 @@ class MultiScale(FlowTransform):
         latents: list[Tensor] = []
         total: Any = 0.0
         for i, level in enumerate(self.levels):
-            y, ladj = level.inverse_and_ladj(y)  # type: ignore[operator]
+            y, ladj = level.inverse_and_ladj(y)
             total = total + ladj
             flat = y.flatten(-3)
             if i == len(self.levels) - 1:
@@ -118,14 +119,14 @@ class MultiScale(FlowTransform):
         x = x.expand(self._broadcast_shape(x.shape, 1))
         size = self._shapes[-1].numel()
         image, rest = x[..., :size].unflatten(-1, self._shapes[-1]), x[..., size:]
-        image, total = self.levels[-1].forward_and_ladj(image)  # type: ignore[operator]
+        image, total = self.levels[-1].forward_and_ladj(image)
         for i in reversed(range(len(self.levels) - 1)):
             keep, leave = self.kept(i), self._leave(i)
             flat = torch.cat([image.flatten(-3), rest[..., : len(leave)]], -1)
             rest = rest[..., len(leave) :]
             order = torch.cat([keep.flatten(), leave]).argsort()
             image = flat[..., order].unflatten(-1, self._shapes[i])
-            image, ladj = self.levels[i].forward_and_ladj(image)  # type: ignore[operator]
+            image, ladj = self.levels[i].forward_and_ladj(image)
             total = total + ladj
         return image, total
 

@@ -258,7 +258,7 @@ def _score(density: Density, batch: Batch, like: Tensor) -> float:
 
 def objective(density: Density, batch: Batch) -> Tensor:
     """The objective by row, given the contexts: `(B)`."""
-    at: Any = density if batch.context is None else density.condition(batch.context)  # type: ignore[operator]
+    at: Any = density if batch.context is None else density.condition(batch.context)
     return at.objective(batch.values)
 
 

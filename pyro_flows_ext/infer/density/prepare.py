@@ -73,7 +73,7 @@ def check_shapes(name: str, density: Density, rows: Rows, like: Tensor) -> None:
         raise ValueError(
             f"{name} context: expected shape (N, {context_dim}), got (N, {', '.join(map(str, got))})"
         )
-    at: Any = density if not context_dim else density.condition(first.context[:1].to(like))  # type: ignore[operator, index]
+    at: Any = density if not context_dim else density.condition(first.context[:1].to(like))  # type: ignore[index]
     if isinstance(rows, Table) and first.values.dim() == 1 and at.event_shape == (1,):
         rows.unsqueeze()
         first = rows.head(1)

@@ -88,4 +88,4 @@ class GuidePosterior:
         target = LogJoint(model, args, kwargs)
         values = target.constrain(u)
         ladj = unconstrain(values, target.latents)[1]
-        return bound(values, BOUND_PARTICLES, *args, **kwargs) + ladj  # type: ignore[no-any-return]
+        return bound(values, BOUND_PARTICLES, *args, **kwargs) + ladj
