@@ -23,7 +23,9 @@ from .result import MAX_R_HAT, MIN_ESS, RefineResult, statistics
 # Chains where a gradient of all of them takes less than the first number of seconds, and so on.
 CHAINS_BY_SECONDS = ((0.2, 128), (0.5, 64), (math.inf, 32))
 # Draws of each chain at the first look; the number doubles from look to look.
-FIRST_LOOK, MAX_LOOKS = 16, 5
+FIRST_LOOK, MAX_LOOKS = 16, 6
+# Draws beyond those that the last look says are needed: its estimates are rough.
+MARGIN = 1.15
 # Draws of each chain that are left where the first half is discarded.
 MIN_LEFT = 4
 # Draws of the guide that the chains' starts stand for: their mean is known to .011 sd.
@@ -117,6 +119,7 @@ def refine_density(
         previous: the result of `verify` at the same start, whose chains then go on.
     """
     run = _Run(target, start, num_chains, max_gradients, max_seconds, previous)
+    run.target_ess = target_ess
     return run.until(lambda: run.is_mixed and run.min_ess >= target_ess)
 
 
@@ -139,6 +142,7 @@ class _Run:
         self.began = time.perf_counter()
         self.target, self.start = target, start
         self.max_gradients, self.max_seconds = max_gradients, max_seconds
+        self.target_ess: float | None = None
         self.names = latent_names(target.latents)
         self.population = start.draw_latents(POPULATION)
         if previous is not None:
@@ -154,7 +158,7 @@ class _Run:
             self._look()
             if done() or self._is_spent():
                 break
-            num = max(self.chains.u.shape[1], FIRST_LOOK)
+            num = self._num_missing()
             # Chains that have moved were tuned too far from where they are now.
             moved = self.max_r_hat > MAX_R_HAT and (self.drift.detected or self.settling.detected)
             tuning = None if moved else self._tuning()
@@ -176,6 +180,19 @@ class _Run:
             r_hat=r_hats,
             ess=ess,
         )
+
+    def _num_missing(self) -> int:
+        """Draws until the next look: as many as there are, or fewer where R-hat and ESS say that they will do.
+
+        R-hat² - 1 falls as 1 / S, the effective size rises as S.
+        """
+        S = self.chains.u.shape[1]
+        known = math.isfinite(self.max_r_hat) and self.min_ess > 0 and S >= 2 * FIRST_LOOK
+        if known and self.target_ess is not None and self.is_settled and not self.chains.num_stuck:
+            by_r_hat = (self.max_r_hat**2 - 1) / (MAX_R_HAT**2 - 1)
+            factor = MARGIN * max(by_r_hat, self.target_ess / self.min_ess)
+            return min(S, max(math.ceil((factor - 1) * S), FIRST_LOOK // 2))
+        return max(S, FIRST_LOOK)
 
     def _look(self) -> None:
         while self.chains.is_transient and self.chains.u.shape[1] >= 2 * MIN_LEFT:

@@ -18,7 +18,7 @@ from ...files import write_atomically
 # Seconds between two checkpoints within a round.
 SAVE_SECONDS = 5.0
 # The version of the format; files of a newer one are refused.
-FORMAT = 3
+FORMAT = 4
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

@@ -88,4 +88,5 @@ class GuidePosterior:
         target = LogJoint(model, args, kwargs)
         values = target.constrain(u)
         ladj = unconstrain(values, target.latents)[1]
-        return bound(values, BOUND_PARTICLES, *args, **kwargs) + ladj
+        log_q: Tensor = bound(values, BOUND_PARTICLES, *args, **kwargs) + ladj
+        return log_q

@@ -164,7 +164,7 @@ class Run:
             if self._evaluate_round():
                 return "trusted", True
             self._call_back()
-            if self.check is not None and self.check.findings:
+            if self.check is not None and (self.check.findings or self.check.is_exhausted):
                 break
             # A run that is killed in its last check would go on with another round if its end were saved.
             if self.level < LEVEL_ROUNDS or self.state.stop:
@@ -264,6 +264,7 @@ class Run:
                 "best": best,
                 "budget": None if self.check is None else self.check.budget,
                 "num_imprecise": 0 if self.check is None else self.check.num_imprecise,
+                "num_gradients": 0 if self.check is None else self.check.num_gradients,
                 "modes": [[m.loc, m.log_joint, m.log_mass, m.num_climbs] for m in self.modes],
                 "random": files.random_state(),
             },
@@ -289,6 +290,7 @@ class Run:
         if self.check is not None:
             self.check.modes, self.check.budget = self.modes, saved["budget"]
             self.check.num_imprecise = saved["num_imprecise"]
+            self.check.num_gradients = saved["num_gradients"]
         files.set_random_state(saved["random"])
 
     # --- the result ---

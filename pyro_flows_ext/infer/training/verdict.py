@@ -20,6 +20,8 @@ from .posterior import Posterior
 MAX_K_HAT = 0.7
 # Gradients, of all chains at once, for a check of drift and for the first attempt to refine; the budget doubles.
 VERIFY_GRADIENTS, REFINE_GRADIENTS, MAX_GRADIENTS = 160, 600, 2400
+# Gradients of all attempts to refine after which more training and longer chains are not tried.
+TOTAL_GRADIENTS = 4000
 # Effective draws at which chains stop: means to .03 sd.
 CHAIN_ESS = 1000.0
 # Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
@@ -60,6 +62,12 @@ class TrustCheck:
     caveats: list[str] = field(default_factory=list)
     budget: int = REFINE_GRADIENTS
     num_imprecise: int = 0
+    num_gradients: int = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether chains have had their budget, attempt after attempt, and did not mix."""
+        return self.num_gradients >= TOTAL_GRADIENTS
 
     def weigh(self) -> ImportanceResult:
         """Fresh draws with their weights."""
@@ -99,6 +107,7 @@ class TrustCheck:
         # Chains from few places need longer to forget them.
         ess = CHAIN_ESS if result.efficiency >= FAIR_EFFICIENCY else 2 * CHAIN_ESS
         self.refined = refine_density(target, start, max_gradients=budget, target_ess=ess)
+        self.num_gradients += self.refined.num_gradients
         return self.refined.mixed and self._has_no_findings()
 
     def _has_no_findings(self) -> bool:

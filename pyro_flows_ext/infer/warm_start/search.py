@@ -24,7 +24,7 @@ NUM_CLIMBS, SPREAD, CLIMB_EVALUATIONS = 8, 2.0, 120
 NUM_PATHS = 3
 NUM_BATCHES = 40
 # Natural-gradient steps of the first run, and their draws. A longer run follows one that gained more than WORTHWHILE nats.
-NUM_STEPS, STEP_DRAWS, MAX_RUNS, WORTHWHILE = 30, 64, 5, 0.05
+NUM_STEPS, STEP_DRAWS, MAX_RUNS, WORTHWHILE = 30, 64, 5, 0.1
 # Draws behind the ELBO of a candidate: its standard error is then some .04 sd of the log weights.
 NUM_DRAWS = 512
 # Log weights with this variance cost half as many nats: steps would gain less than that.
@@ -174,7 +174,8 @@ class _Search:
             if self.target.dim > MAX_FULL_RANK:
                 self._run_many_latents()
             else:
-                self._batch_and_match()
+                if not self._is_level():
+                    self._batch_and_match()
                 self._polish()
         if self.elbos[self.best()[0]] == -math.inf:
             raise ValueError(
@@ -246,7 +247,7 @@ class _Search:
             return
         for i in range(MAX_RUNS):
             name, best = self.best()
-            if self.elbos[name] == -math.inf or self.log_weights[name].var() < LEVEL_VARIANCE:
+            if self.elbos[name] == -math.inf or self._is_level():
                 return
             steps = plan.num_steps * (1 if i == 0 else 2)
             polished, _ = natural_gradient(
@@ -260,6 +261,10 @@ class _Search:
                 self.preferred = run
             if not gain > WORTHWHILE:
                 return
+
+    def _is_level(self) -> bool:
+        """Whether the weights of the best candidate leave next to nothing to gain."""
+        return bool(self.log_weights[self.best()[0]].var() < LEVEL_VARIANCE)
 
     def _gain(self, name: str, other: str) -> tuple[float, float]:
         """How much the ELBO of one candidate is above that of another, and the standard error over common draws."""
