@@ -11,7 +11,7 @@ from torch import Tensor
 from ...guides import AutoFlow
 from ...programs import LogJoint, Program, draw_particles, unconstrain
 from ..importance import ImportanceResult, weigh
-from ..refine import Start, start_at
+from ..refine import RefineResult, Start, start_at
 
 # Particles at a time.
 CHUNK = 500
@@ -30,6 +30,9 @@ class Posterior(Protocol):
 
     def log_prob(self, u: Tensor) -> Tensor | None:
         """log q of unconstrained latents `(K, D)`, or None where it is not known."""
+
+    def chain_log_weights(self, refined: RefineResult) -> Tensor | None:
+        """log p - log q of the draws of chains from `start`, `(C, S)`, or None where log q is not known."""
 
 
 class FlowPosterior:
@@ -62,6 +65,12 @@ class FlowPosterior:
     def log_prob(self, u: Tensor) -> Tensor | None:
         return self.guide.get_posterior().log_prob(u)
 
+    @torch.no_grad()
+    def chain_log_weights(self, refined: RefineResult) -> Tensor | None:
+        # The log-determinant of the flow is in both densities of z.
+        chains = refined.chains
+        return chains.log_density - self.guide.get_base_dist().log_prob(chains.z)
+
 
 class GuidePosterior:
     """Of any guide with a density, weighed site by site."""
@@ -90,3 +99,6 @@ class GuidePosterior:
         ladj = unconstrain(values, target.latents)[1]
         log_q: Tensor = bound(values, BOUND_PARTICLES, *args, **kwargs) + ladj
         return log_q
+
+    def chain_log_weights(self, refined: RefineResult) -> Tensor | None:
+        return None

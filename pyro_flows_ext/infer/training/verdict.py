@@ -34,6 +34,9 @@ MAX_SD_ERROR, MAX_IMPRECISE = 0.05, 2
 NO_VARIANCE = 0.5
 # Below this effective share chains run twice as long.
 FAIR_EFFICIENCY = 0.2
+# A draw of the guide that carries this share of all weight, and weighs more than any draw of the chains by a factor of e,
+# lies where the chains have not been: draws of the posterior prefer large weights.
+LARGE_SHARE, MARGIN = 0.1, 1.0
 
 
 @dataclass
@@ -116,7 +119,7 @@ class TrustCheck:
         # Other draws, after a round of training, may do.
         if imprecise and self.num_imprecise < MAX_IMPRECISE:
             return False
-        self.findings = [*self._uncovered_modes(), *imprecise]
+        self.findings = [*self._unvisited(), *self._uncovered_modes(), *imprecise]
         return not self.findings
 
     def _imprecise(self) -> list[str]:
@@ -154,6 +157,28 @@ class TrustCheck:
             return {}
         weights = self.importance.smoothed_log_weights.softmax(0)
         return {name: weighted_sd_error(v, weights) for name, v in self.importance.samples.items()}
+
+    def _unvisited(self) -> list[str]:
+        """A sentence on a draw of the guide that dominates the weights and lies outside of what the chains visit."""
+        if self.refined is None or self.importance is None:
+            return []
+        of_chains = self.posterior.chain_log_weights(self.refined)
+        if of_chains is None:
+            return []
+        weights = self.importance.log_weights
+        largest = int(weights.argmax())
+        share = float(weights.softmax(0)[largest])
+        if share < LARGE_SHARE or not bool(weights[largest] > of_chains.max() + MARGIN):
+            return []
+        where = ", ".join(
+            f"{name} = {value[largest].item():.3g}"
+            for name, value in list(self.importance.samples.items())[:3]
+            if value[largest].numel() == 1
+        )
+        return [
+            f"one of {len(weights)} draws of the guide carries {share:.0%} of the weight, where no chain comes"
+            f"{f' ({where})' if where else ''}: a narrow mode may be missed"
+        ]
 
     def _uncovered_modes(self) -> list[str]:
         if len(self.modes) < 2:
