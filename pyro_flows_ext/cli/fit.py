@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..diagnostics import ParameterSummary, plots, summary
-from ..diagnostics.export import to_netcdf_bytes
+from ..diagnostics.netcdf import to_netcdf_bytes
 from ..diagnostics.summary import mean_and_sd, print_table, rounded, to_csv
 from ..infer import FitResult, fit
 from ..programs import check_finite_log_joint

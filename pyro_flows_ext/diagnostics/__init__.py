@@ -4,8 +4,9 @@ from ..infer import ImportanceResult, importance
 from . import plots, plots_images
 from .ais import AISResult, annealed_importance_sampling, log_evidence_ais
 from .calibration import CalibrationResult, simulation_based_calibration
-from .export import save_netcdf, to_inference_data
+from .export import to_inference_data
 from .gaps import InferenceGaps, gaps
+from .netcdf import save_netcdf
 from .numerics import (
     LipschitzEstimate,
     jacobian_condition_number,

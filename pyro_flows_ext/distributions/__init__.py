@@ -1,7 +1,6 @@
 """Densities: modules that are Pyro distributions, and test energies and data on the plane."""
 
 from .base import Density as Density
-from .base import TransformedDensity as TransformedDensity
 from .base import check_guide_site as check_guide_site
 from .dequantize import Dequantized as Dequantized
 from .energies import ENERGIES as ENERGIES
@@ -13,3 +12,4 @@ from .multiscale import MultiScaleFlow as MultiScaleFlow
 from .ordered import NestedDropoutFlow as NestedDropoutFlow
 from .toy import TOYS as TOYS
 from .toy import Toy as Toy
+from .transformed import TransformedDensity as TransformedDensity

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from typing_extensions import Self
 
 from ..transforms import ComposeFlow, FlowTransform
-from .base import TransformedDensity, log_prob_anywhere
+from .transformed import TransformedDensity, log_prob_anywhere
 
 
 class FlowDistribution(TransformedDensity):

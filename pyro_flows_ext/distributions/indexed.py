@@ -16,9 +16,9 @@ from typing_extensions import Self
 from ..ops import check_context_dim, check_event, check_positive
 from ..transforms import FlowTransform
 from ._bound import BoundedDensity
-from .base import TransformedDensity, log_prob_anywhere
 from .indexed_layer import Index, IndexedLayer
 from .normal import affine_by, log_standard_normal
+from .transformed import TransformedDensity, log_prob_anywhere
 
 
 class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):

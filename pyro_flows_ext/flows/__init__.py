@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..distributions import Density
-from ..transforms.presets import PRESETS
+from ..transforms.by_name import PRESETS
 from .images import Glow, NSFImage, RealNVPImage
 from .latent import CIF, VAE, NestedDropout
 from .recipe import Recipe

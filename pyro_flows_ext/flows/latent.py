@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from ..distributions import ContinuouslyIndexedFlow, FlowVAE, NestedDropoutFlow
 from ..ops import check_context_dim, check_positive
 from ..transforms import LULinear, QRLinear
-from ..transforms.presets import PRESETS
+from ..transforms.by_name import PRESETS
 from .images import image_layers
 from .recipe import base_of, read_size, recorded
 
@@ -41,7 +41,7 @@ def CIF(
         context_dim: number of context variables that all networks see; takes a flow that reads them.
         num_layers: number of layers of the flow; its own default for None.
         hidden_dims: widths of the networks of the flow.
-        flow: a name in `transforms.presets.PRESETS`, by default "maf"; for images "glow", "realnvp" or "residual", the
+        flow: a name in `transforms.by_name.PRESETS`, by default "maf"; for images "glow", "realnvp" or "residual", the
             default.
         index_dim: the length of each index; for images its number of channels.
         options: of the flow.
@@ -102,7 +102,7 @@ def NestedDropout(
     Args:
         event_shape, base: as in `NSF`.
         num_layers, hidden_dims: of the flow; None for "qr" and "lu".
-        flow: "qr" or "lu", one linear layer, or a name in `transforms.presets.PRESETS`.
+        flow: "qr" or "lu", one linear layer, or a name in `transforms.by_name.PRESETS`.
         index_prob, reconstruction_weight: as in `NestedDropoutFlow`.
         options: of the flow.
 
@@ -147,7 +147,7 @@ def VAE(
     Args:
         event_shape: D or `(D,)`.
         num_layers, hidden_dims: of the flow.
-        flow: a name in `transforms.presets.PRESETS`.
+        flow: a name in `transforms.by_name.PRESETS`.
         latent_dim: dimension of the noise; half of D and at most 8 by default.
         options: of the flow.
 

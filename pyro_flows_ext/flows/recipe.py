@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 
 from ..distributions import Density, FlowDistribution
 from ..ops import check_context_dim, check_positive
-from ..transforms.presets import PRESETS
+from ..transforms.by_name import PRESETS
 
 P = ParamSpec("P")
 D = TypeVar("D", bound=Density)

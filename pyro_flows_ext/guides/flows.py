@@ -24,7 +24,7 @@ from ..transforms import (
     residual,
     sylvester,
 )
-from ..transforms.presets import PRESETS
+from ..transforms.by_name import PRESETS
 from ._neutra import called_by_neutra, for_neutra
 from .base import FlowGuide, GuideOptions
 from .tails import BASE_DF, base_distribution, layers_behind

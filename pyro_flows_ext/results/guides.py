@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ..transforms.presets import PRESETS
+from ..transforms.by_name import PRESETS
 from .content import are_tensors, misfit, state_of, to_bytes
 
 KIND, VERSION = "guide", 3

@@ -7,8 +7,7 @@ the networks inside; `context_dim`, the number of context variables; and the key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,10 +19,7 @@ from .compose import ComposeFlow
 from .coupling import Coupling
 from .linear import LULinear
 from .normalization import ActNorm
-from .planar import Planar
-from .radial import Radial
 from .residual import ResidualFlow
-from .sylvester import sylvester
 from .transformers import Additive, RationalQuadratic
 
 
@@ -299,58 +295,3 @@ def _autoregressives(
 
 def _flips(num_layers: int) -> list[bool]:
     return [k % 2 == 1 for k in range(check_positive("num_layers", num_layers))]
-
-
-# --- by name ---
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A flow by name, for densities and guides.
-
-    Attributes:
-        make: `make(D, num_layers=K, context_dim=C, **options)` returns the `FlowTransform` from base to data.
-        num_layers: K of a density.
-        guide_layers: K of a guide, whose gradients are noisier than those of a density.
-        description: of its layers.
-        is_pushing: whether the cheap pass of `make` is the one from base to data; a density then uses the inverse
-            orientation, so that training, which scores data, takes it.
-        guide_options: further options of a guide.
-    """
-
-    make: Callable[..., FlowTransform]
-    num_layers: int
-    guide_layers: int
-    description: str
-    is_pushing: bool = False
-    guide_options: Mapping[str, Any] = field(default_factory=dict)
-
-
-PRESETS = {
-    "nsf": Preset(nsf, 4, 4, "spline couplings (Durkan et al. 2019)"),
-    "maf": Preset(
-        maf, 5, 2, "affine autoregressive layers (Papamakarios et al. 2017); draws in sweeps"
-    ),
-    "iaf": Preset(
-        iaf, 2, 2, "inverse autoregressive layers (Kingma et al. 2016); scores in sweeps"
-    ),
-    "realnvp": Preset(realnvp, 8, 8, "affine couplings (Dinh et al. 2017)"),
-    "nice": Preset(nice, 4, 4, "additive couplings (Dinh et al. 2014)"),
-    "glow-vector": Preset(
-        glow_vector, 8, 8, "affine couplings and linear layers (Kingma & Dhariwal 2018)"
-    ),
-    "residual": Preset(
-        residual,
-        8,
-        4,
-        "contractive residual networks (Chen et al. 2019)",
-        is_pushing=True,
-        # Guides need the exact log-det in training too.
-        guide_options={"exact_log_det": True},
-    ),
-    "planar": Preset(Planar, 16, 16, "planar layers (Rezende & Mohamed 2015)", is_pushing=True),
-    "radial": Preset(Radial, 16, 16, "radial layers (Rezende & Mohamed 2015)"),
-    "sylvester": Preset(
-        sylvester, 8, 4, "Sylvester layers (van den Berg et al. 2018)", is_pushing=True
-    ),
-}
