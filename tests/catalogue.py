@@ -73,7 +73,7 @@ def _estimated_residual(dim: int) -> T.ResidualFlow:
 def _presets() -> dict[str, Entry]:
     """Two steps of every preset, without and with a context."""
     entries = {}
-    for name in ("nice", "realnvp", "glow_vector", "nsf", "maf", "iaf", "residual"):
+    for name in ("nice", "realnvp", "glow_vector", "nsf", "circular_nsf", "maf", "iaf", "residual"):
         preset = getattr(T, name)
 
         def make(dim: int, preset: Callable = preset, **options: int) -> nn.Module:
@@ -206,6 +206,12 @@ CATALOGUE: dict[str, Entry] = {
     "spline-coupling": Entry(lambda D: T.spline_coupling(D, _HIDDEN), ["spline_coupling"]),
     "spline-coupling-alternating": Entry(
         lambda D: T.spline_coupling(D, _HIDDEN, mask="alternating", flip=True), ["Coupling"]
+    ),
+    "circular-coupling": Entry(
+        lambda D: T.Coupling(D, _HIDDEN, transformer=T.CircularSpline(4)), ["CircularSpline"]
+    ),
+    "circular-autoregressive-1d": Entry(
+        lambda D: T.Autoregressive(D, transformer=T.CircularSpline(3)), ["CircularSpline"], dim=1
     ),
     "wave-coupling": Entry(lambda D: T.Coupling(D, _HIDDEN, transformer=Wave()), ["Coupling"]),
     "context-additive-coupling": Entry(

@@ -147,6 +147,11 @@ def vae_by_quadrature(flow: D.FlowVAE, x: torch.Tensor) -> torch.Tensor:
 
 
 DENSITIES = {
+    "angles": DensityEntry(
+        lambda: D.FlowDistribution(
+            D.UniformAngles(2), T.circular_nsf(2, num_layers=2, hidden_dims=SMALL, num_bins=4)
+        )
+    ),
     "flow-planar": DensityEntry(lambda: D.FlowDistribution(normal(2), T.planar(2))),
     "flow-sylvester": DensityEntry(lambda: D.FlowDistribution(normal(3), T.sylvester(3))),
     "flow-maf": DensityEntry(

@@ -124,7 +124,8 @@ def _train(split: Split, density: Density, args: argparse.Namespace) -> DensityF
         train.values,
         train.context,
         validation=(validation.values, validation.context),
-        standardize=True,
+        # Angles have units of their own.
+        standardize="auto" if args.flow == "circular-nsf" else True,
         batch_size=args.batch_size,
         num_steps=args.steps,
         lr=args.lr,

@@ -2,6 +2,7 @@
 
 from .base import Density as Density
 from .base import check_guide_site as check_guide_site
+from .circle import UniformAngles as UniformAngles
 from .dequantize import Dequantized as Dequantized
 from .energies import ENERGIES as ENERGIES
 from .energies import Energy as Energy

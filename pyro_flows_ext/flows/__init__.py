@@ -16,6 +16,7 @@ from typing import Any
 
 from ..distributions import Density
 from ..transforms.by_name import PRESETS
+from .angles import CircularNSF
 from .images import Glow, NSFImage, RealNVPImage
 from .latent import CIF, VAE, NestedDropout
 from .recipe import Recipe
@@ -29,6 +30,7 @@ __all__ = [
     "NICE",
     "NSF",
     "VAE",
+    "CircularNSF",
     "Flow",
     "Glow",
     "NSFImage",
@@ -61,8 +63,7 @@ class Flow:
     @property
     def takes_context(self) -> bool:
         """Whether the density can depend on a context."""
-        parameters = inspect.signature(self.function).parameters
-        return "context_dim" in parameters and self.function is not CIF
+        return "context_dim" in inspect.signature(self.function).parameters
 
     @property
     def num_layers(self) -> int | None:
@@ -85,6 +86,7 @@ FLOWS = {
         "autoregressive splines (Durkan et al. 2019); draws in sweeps",
         {"kind": "autoregressive", "num_layers": 3},
     ),
+    "circular-nsf": _preset(CircularNSF, "circular-nsf"),
     "maf": _preset(MAF, "maf"),
     "iaf": _preset(IAF, "iaf"),
     "realnvp": _preset(RealNVP, "realnvp"),

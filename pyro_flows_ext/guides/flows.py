@@ -36,6 +36,7 @@ FlowFactory = Callable[[int], FlowTransform]
 FLOWS: dict[str, FlowFactory] = {
     name: partial(preset.make, num_layers=preset.guide_layers, **preset.guide_options)
     for name, preset in PRESETS.items()
+    if not preset.is_circular
 }
 
 

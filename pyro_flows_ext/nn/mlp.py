@@ -58,6 +58,31 @@ class MLP(nn.Sequential):
         return super().forward(x)
 
 
+class AngleMLP(MLP):
+    """An `MLP` of the cosines and sines of angles `(*, num_angles)`, then of a context: periodic in every angle.
+
+    Args:
+        num_angles: the number of angles, which come before the context in the input.
+        out_dim, hidden_dims, activation, context_dim, zero_last: as in `MLP`.
+
+    Example:
+        >>> from pyro_flows_ext.nn import AngleMLP
+        >>> net, x = AngleMLP(2, 3), torch.randn(5, 2)
+        >>> torch.allclose(net(x), net(x + 2 * torch.pi), atol=1e-5)
+        True
+    """
+
+    def __init__(self, num_angles: int, out_dim: int, *args: Any, **options: Any):
+        super().__init__(2 * num_angles, out_dim, *args, **options)
+        self.num_angles = num_angles
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None:
+            x = join_context(x, context)
+        angles, rest = x[..., : self.num_angles], x[..., self.num_angles :]
+        return super().forward(torch.cat([angles.cos(), angles.sin(), rest], -1))
+
+
 class ResidualMLP(MLP):
     """An `MLP` in which a hidden layer as wide as the one before it is added to it: h + act(linear(h)).
 

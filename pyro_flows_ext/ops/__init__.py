@@ -10,6 +10,7 @@ from .checks import (
     find_event_shape,
     read_event_shape,
 )
+from .circular_splines import circular_rq_spline, wrap
 from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
 from .linalg import householder_columns, matvec, orthonormal_columns, turned_columns
@@ -39,6 +40,7 @@ __all__ = [
     "check_event_dim",
     "check_positive",
     "check_same_dtype",
+    "circular_rq_spline",
     "contraction_inverse",
     "conv_norm_bound",
     "dense_jacobian",
@@ -65,4 +67,5 @@ __all__ = [
     "triangular_fixed_point",
     "triangular_tanh_root",
     "turned_columns",
+    "wrap",
 ]

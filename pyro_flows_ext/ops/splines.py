@@ -53,7 +53,7 @@ def by_autograd(
     """`rq_spline` by operations that autograd differentiates, to any order."""
     x = x.expand(torch.broadcast_shapes(x.shape, raw.shape[:-1]))
     raw = raw[(None,) * (x.dim() + 1 - raw.dim())]
-    knots, raw_slopes = _knots(raw, num_bins, bound)
+    knots, raw_slopes = knots_of(raw, num_bins, bound)
 
     # A value in the tails passes the spline as ±bound: autograd multiplies its gradient by zero, and it must be finite.
     inside = x.abs() < bound
@@ -79,7 +79,7 @@ def _check(raw: Tensor, bound: float) -> int:
     return num_bins
 
 
-def _knots(raw: Tensor, num_bins: int, bound: float) -> tuple[Tensor, Tensor]:
+def knots_of(raw: Tensor, num_bins: int, bound: float) -> tuple[Tensor, Tensor]:
     """Knots `(2, K + 1, *)`, in x and in y, from -bound to bound exactly, and their raw slopes `(K + 1, *)`."""
     K = num_bins
     # Bins come first from here on: what runs over them, softmax above all, then runs over whole vectors of elements, and

@@ -43,7 +43,11 @@ def _flow_kind(name: str) -> GuideKind:
 
 GUIDES = {
     # The first choice, and the default of the command, comes first.
-    **{name: _flow_kind(name) for name in sorted(PRESETS, key="iaf".__ne__)},
+    **{
+        name: _flow_kind(name)
+        for name in sorted(PRESETS, key="iaf".__ne__)
+        if not PRESETS[name].is_circular
+    },
     "normal": GuideKind(
         AutoNormal, None, "independent normals, for comparison (Pyro's AutoNormal)"
     ),

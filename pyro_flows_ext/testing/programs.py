@@ -52,14 +52,20 @@ def on_grid(
     """Midpoints y `(G, D)` of the cells of a grid, D = 1 or 2, and the mass q(y) dy `(G)` of each, float64.
 
     The grid is refined, over `resolutions` points a dimension, until its total settles; the box is that of 20,000 draws
-    with a margin of a tenth.
+    with a margin of a tenth, within the support where that is an interval.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draws = density.sample(torch.Size((20_000,)))
     low, high = draws.double().amin(0), draws.double().amax(0)
     margin = 0.1 * (high - low)
-    low, width = low - margin, high - low + 2 * margin
+    low, high = low - margin, high + margin
+    support = density.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if isinstance(support, torch.distributions.constraints.interval):
+        low, high = low.clamp(min=support.lower_bound), high.clamp(max=support.upper_bound)
+    width = high - low
     last = torch.tensor(torch.inf)
     for points in resolutions:
         middle = (torch.arange(points, dtype=torch.float64) + 0.5) / points

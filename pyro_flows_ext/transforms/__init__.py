@@ -30,7 +30,7 @@ from .pad import Pad
 from .permute import Permute
 from .pixelwise import Invertible1x1Conv, Pixelwise
 from .planar import Planar
-from .presets import glow_vector, iaf, maf, nice, nsf, realnvp, residual
+from .presets import circular_nsf, glow_vector, iaf, maf, nice, nsf, realnvp, residual
 from .radial import Radial
 from .residual import LogDetNoise, ResidualFlow
 from .sinh_arcsinh import SinhArcsinh
@@ -41,7 +41,7 @@ from .sylvester import (
     TriangularSylvester,
     sylvester,
 )
-from .transformers import Additive, Affine, RationalQuadratic, Transformer
+from .transformers import Additive, Affine, CircularSpline, RationalQuadratic, Transformer
 
 __all__ = [
     "ActNorm",
@@ -49,6 +49,7 @@ __all__ = [
     "Affine",
     "Autoregressive",
     "BatchNorm",
+    "CircularSpline",
     "ComposeFlow",
     "Coupling",
     "ElementwiseAffine",
@@ -82,6 +83,7 @@ __all__ = [
     "affine_autoregressive",
     "affine_coupling",
     "batchnorm",
+    "circular_nsf",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
     "conditional_planar",

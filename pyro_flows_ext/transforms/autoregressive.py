@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from pyro.distributions import constraints
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -79,6 +80,19 @@ class Autoregressive(FlowTransform):
             context_dim=self.context_dim,
             **options,
         )
+
+    @property
+    def domain(self) -> Any:  # type: ignore[override]
+        domain = self.transformer.domain
+        return (
+            constraints.real_vector
+            if domain is constraints.real
+            else constraints.independent(domain, 1)
+        )
+
+    @property
+    def codomain(self) -> Any:  # type: ignore[override]
+        return self.domain
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)

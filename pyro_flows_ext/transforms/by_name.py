@@ -8,7 +8,7 @@ from typing import Any
 
 from .base import FlowTransform
 from .planar import Planar
-from .presets import glow_vector, iaf, maf, nice, nsf, realnvp, residual
+from .presets import circular_nsf, glow_vector, iaf, maf, nice, nsf, realnvp, residual
 from .radial import Radial
 from .sylvester import sylvester
 
@@ -25,6 +25,7 @@ class Preset:
         is_pushing: whether the cheap pass of `make` is the one from base to data; a density then uses the inverse
             orientation, so that training, which scores data, takes it.
         guide_options: further options of a guide.
+        is_circular: whether the numbers are angles in [-π, π), which no guide has.
     """
 
     make: Callable[..., FlowTransform]
@@ -33,10 +34,14 @@ class Preset:
     description: str
     is_pushing: bool = False
     guide_options: Mapping[str, Any] = field(default_factory=dict)
+    is_circular: bool = False
 
 
 PRESETS = {
     "nsf": Preset(nsf, 4, 4, "spline couplings (Durkan et al. 2019)"),
+    "circular-nsf": Preset(
+        circular_nsf, 4, 4, "spline couplings of angles (Rezende et al. 2020)", is_circular=True
+    ),
     "maf": Preset(
         maf, 5, 2, "affine autoregressive layers (Papamakarios et al. 2017); draws in sweeps"
     ),

@@ -137,16 +137,23 @@ class Coupling(FlowTransform):
 
     @property
     def domain(self) -> Any:  # type: ignore[override]
-        return constraints.real_vector if len(self.event_shape) == 1 else IMAGE
+        return _events(self.transformer.domain, len(self.event_shape))
 
     @property
     def codomain(self) -> Any:  # type: ignore[override]
-        return IMAGE if len(self.event_shape) == 3 else constraints.real_vector
+        return _events(self.transformer.domain, len(self.event_shape))
 
     def extra_repr(self) -> str:
         name, flip = self._kind
         flipped = ", flip=True" if flip else ""
         return f"{self.input_dim}, transformer={self.transformer!r}, mask={name!r}{flipped}"
+
+
+def _events(domain: Any, event_dim: int) -> Any:
+    """Vectors or images of elements of a domain."""
+    if domain is constraints.real:
+        return constraints.real_vector if event_dim == 1 else IMAGE
+    return constraints.independent(domain, event_dim)
 
 
 def _mlp(in_dim: int, out_dim: int, hidden_dims: Sequence[int] | None, **options: Any) -> nn.Module:

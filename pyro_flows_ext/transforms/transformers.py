@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
-from ..ops import check_positive, fused, increasing_root, rq_spline
+from ..ops import check_positive, circular_rq_spline, fused, increasing_root, rq_spline
 from .bounds import bounded_affine, bounded_affine_by
 
 
@@ -30,6 +33,8 @@ class Transformer(ABC):
     """
 
     num_params: int
+    # What x and y are; the elements that a coupling passes are of the same kind.
+    domain: Any = constraints.real
 
     @abstractmethod
     def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +138,46 @@ class RationalQuadratic(Transformer):
 
     def __repr__(self) -> str:
         return f"RationalQuadratic(num_bins={self.num_bins}, bound={self.bound:g})"
+
+
+# The numbers of the circle, from -π to π.
+CIRCLE = constraints.interval(-math.pi, math.pi)
+
+
+class CircularSpline(Transformer):
+    """A rational-quadratic spline on the circle [-π, π), and a turn: `num_bins` K bins, 3K + 1 parameters an element.
+
+    Its log-slope is continuous at ±π, both directions are in closed form: see `ops.circular_rq_spline`. Networks that
+    see angles should see their cosines and sines: `circular_nsf` is made so.
+
+    Args:
+        num_bins: K.
+
+    Raises:
+        ValueError: unless `num_bins` is positive.
+
+    Example:
+        >>> Coupling(2, transformer=CircularSpline(num_bins=4))
+        Coupling(2, transformer=CircularSpline(num_bins=4), mask='half')
+
+    References:
+        Rezende et al. 2020, Normalizing Flows on Tori and Spheres, section 2.1.3.
+    """
+
+    domain = CIRCLE
+
+    def __init__(self, num_bins: int = 8):
+        self.num_bins = check_positive("num_bins", num_bins)
+        self.num_params = 3 * self.num_bins + 1
+
+    def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return circular_rq_spline(x, theta.mT)
+
+    def inverse(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return circular_rq_spline(y, theta.mT, inverse=True)
+
+    def __repr__(self) -> str:
+        return f"CircularSpline(num_bins={self.num_bins})"
 
 
 def check_transformer(transformer: Transformer | None) -> Transformer:

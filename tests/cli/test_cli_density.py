@@ -280,7 +280,7 @@ BAD_CONTEXTS = {
     "both": (["--columns", "price,size", "--context", "size"], "size: expected columns or context, not both"),
     "missing": (["--context", "age"], "no column 'age': expected some of size, price, rooms"),
     "nothing left": (["--context", "size,price,rooms"], "expected a column beside the context"),
-    "a flow without": (["--context", "size", "--flow", "cif-maf"], "--context: expected a flow that takes one"),
+    "a flow without": (["--context", "size", "--flow", "nested-qr"], "--context: expected a flow that takes one"),
     "twice": (["--context", "size,size"], "expected different names with commas between"),
     "whole": (["--context", "size", "--dequantize", "uniform"], "--dequantize: expected no --context"),
 }  # fmt: skip

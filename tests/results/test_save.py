@@ -21,7 +21,8 @@ def test_every_flow_is_saved_and_read(name: str, tmp_path: Path) -> None:
     shape = (1, 4, 4) if FLOWS[name].of_images else (3,)
     num_layers = None if FLOWS[name].num_layers is None else 1
     density = perturb(FLOWS[name](shape, num_layers=num_layers), scale=0.1).double().eval()
-    density.standardize(torch.full(shape, 5.0), torch.full(shape, 2.0))
+    if name != "circular-nsf":
+        density.standardize(torch.full(shape, 5.0), torch.full(shape, 2.0))
     file = tmp_path / "new" / "flow.pt"
     pf.save(density, file, columns=["a", "b", "c"])
     before = torch.get_rng_state()
