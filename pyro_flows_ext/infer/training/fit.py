@@ -149,15 +149,17 @@ def _fit_one(
     if path is not None:
         remove_unfinished(Path(path).parent)
     is_resumed = resume and path is not None and os.path.exists(path)
+    is_placed = False
     if not is_resumed and isinstance(guide, FlowGuide):
-        wanted = is_new or guide.is_untrained if warm_start == "auto" else bool(warm_start)
-        if wanted:
+        is_untrained = is_new or guide.is_untrained
+        if is_untrained if warm_start == "auto" else warm_start:
+            is_placed = is_untrained
             run.announce("warm start")
             found = log_joint or LogJoint(model, args, kwargs, latents=guide.latents)
             run.warm_start = whiten_at_posterior(found, guide)
     run.prepare(
         _objective(model, guide, args, kwargs, log_joint, loss, options),
-        _posterior(model, guide, args, kwargs, log_joint, single),
+        _posterior(model, guide, args, kwargs, log_joint, single, is_placed),
     )
     if is_resumed:
         run.resume()
@@ -315,10 +317,11 @@ def _posterior(
     kwargs: dict[str, Any],
     log_joint: LogJoint | None,
     single: tuple[Any, Any],
+    is_placed: bool,
 ) -> Posterior | None:
     """The guide's draws as a posterior; None for mini-batches, amortized guides and very many latents."""
     if log_joint is not None and isinstance(guide, AutoFlow):
-        return None if log_joint.is_stochastic else FlowPosterior(log_joint, guide)
+        return None if log_joint.is_stochastic else FlowPosterior(log_joint, guide, is_placed)
     modules = guide.modules() if isinstance(guide, torch.nn.Module) else []
     if any(isinstance(module, AutoAmortizedFlow) for module in modules):
         return None

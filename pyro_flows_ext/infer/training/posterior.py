@@ -25,8 +25,8 @@ class Posterior(Protocol):
     def weigh(self, num: int) -> ImportanceResult:
         """`num` fresh draws with their weights."""
 
-    def start(self) -> tuple[LogJoint, Start]:
-        """The log joint, and the coordinates and starts that the guide gives."""
+    def start(self, first: bool = False) -> tuple[LogJoint, Start]:
+        """The log joint, and the coordinates and starts that the guide gives; `first`: before any training."""
 
     def log_prob(self, u: Tensor) -> Tensor | None:
         """log q of unconstrained latents `(K, D)`, or None where it is not known."""
@@ -36,10 +36,13 @@ class Posterior(Protocol):
 
 
 class FlowPosterior:
-    """Of a flow guide over all latents, with the log joint that it was trained on."""
+    """Of a flow guide over all latents, with the log joint that it was trained on.
 
-    def __init__(self, log_joint: LogJoint, guide: AutoFlow):
-        self.log_joint, self.guide = log_joint, guide
+    `is_placed`: whether a warm start has placed the guide. Before any training its flow is then near the identity.
+    """
+
+    def __init__(self, log_joint: LogJoint, guide: AutoFlow, is_placed: bool = False):
+        self.log_joint, self.guide, self.is_placed = log_joint, guide, is_placed
 
     @torch.no_grad()
     def weigh(self, num: int) -> ImportanceResult:
@@ -55,11 +58,19 @@ class FlowPosterior:
         samples = self.log_joint.constrain(torch.cat(us))
         return weigh(samples, torch.cat(log_joints), torch.cat(log_guides))
 
-    def start(self) -> tuple[LogJoint, Start]:
-        """The flow's own coordinates."""
-        base = self.guide.get_base_dist()
-        draw = lambda num: base.sample(torch.Size([num]))  # noqa: E731
-        return self.log_joint, Start(self.guide.get_transform(), draw, "flow")
+    def start(self, first: bool = False) -> tuple[LogJoint, Start]:
+        """The flow's own coordinates, or those of its whitening where the flow adds nothing but the time of a pass."""
+        base, transform = self.guide.get_base_dist(), self.guide.get_transform()
+        if not (first and self.is_placed):
+            draw = lambda num: base.sample(torch.Size([num]))  # noqa: E731
+            return self.log_joint, Start(transform, draw, "flow")
+        whitening = self.guide.whitening
+
+        def draw_whitened(num: int) -> Tensor:
+            u = transform.forward_and_ladj(base.sample(torch.Size([num])))[0].detach()
+            return whitening.inverse_and_ladj(u)[0]
+
+        return self.log_joint, Start(whitening, draw_whitened, "affine")
 
     @torch.no_grad()
     def log_prob(self, u: Tensor) -> Tensor | None:
@@ -84,7 +95,7 @@ class GuidePosterior:
         particles = draw_particles(*self.call, num_samples=num)
         return weigh(particles.samples, particles.log_joint, particles.log_guide)
 
-    def start(self) -> tuple[LogJoint, Start]:
+    def start(self, first: bool = False) -> tuple[LogJoint, Start]:
         return start_at(*self.call)
 
     @torch.no_grad()

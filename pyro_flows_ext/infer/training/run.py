@@ -263,7 +263,6 @@ class Run:
                 "num_particles": getattr(self.trainer.objective, "num_particles", None),
                 "best": best,
                 "budget": None if self.check is None else self.check.budget,
-                "num_imprecise": 0 if self.check is None else self.check.num_imprecise,
                 "num_gradients": 0 if self.check is None else self.check.num_gradients,
                 "modes": [[m.loc, m.log_joint, m.log_mass, m.num_climbs] for m in self.modes],
                 "random": files.random_state(),
@@ -289,7 +288,6 @@ class Run:
         self.modes = [Mode(*values) for values in saved["modes"]]
         if self.check is not None:
             self.check.modes, self.check.budget = self.modes, saved["budget"]
-            self.check.num_imprecise = saved["num_imprecise"]
             self.check.num_gradients = saved["num_gradients"]
         files.set_random_state(saved["random"])
 

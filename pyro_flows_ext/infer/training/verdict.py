@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...ops import pareto_smooth
+from ...programs import LogJoint
 from ..importance import ImportanceResult
-from ..refine import RefineResult, refine_density, uncovered, verify
+from ..refine import RefineResult, Start, refine_density, uncovered, verify
 from ..refine.refine import latent_names
 from ..warm_start import Mode
 from .posterior import Posterior
@@ -27,9 +28,9 @@ CHAIN_ESS = 1000.0
 # Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
 # some: a hundred steps cost less than chains that do not mix.
 LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.1, 0.02
-# Largest Monte Carlo error of an sd, relative; a normal latent has .022 from 1000 draws. An sd that is known worse, twice, is
-# one of a latent whose tails have no variance, or nearly none.
-MAX_SD_ERROR, MAX_IMPRECISE = 0.05, 2
+# Largest Monte Carlo error of an sd, relative; a normal latent has .022 from 1000 draws. Where it is larger, so many times as
+# many draws are made; an sd that is known no better then is one of a latent whose tails have no variance, or nearly none.
+MAX_SD_ERROR, MORE_DRAWS = 0.05, 2
 # From this Pareto shape of a tail on the latent has no variance: its sd is not a number that could be known.
 NO_VARIANCE = 0.5
 # Below this effective share chains run twice as long.
@@ -64,7 +65,6 @@ class TrustCheck:
     findings: list[str] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
     budget: int = REFINE_GRADIENTS
-    num_imprecise: int = 0
     num_gradients: int = 0
 
     @property
@@ -89,38 +89,52 @@ class TrustCheck:
         `first`: before any training. `last`: no further round follows, so that chains get a full budget.
         """
         if self.is_good(result) and self.is_good(self.weigh()):
-            target, start = self.posterior.start()
+            target, start = self.posterior.start(first)
             checked = verify(target, start, max_gradients=VERIFY_GRADIENTS)
             # Chains that hardly move show no drift either: such a run is not conclusive.
             if checked.drift.conclusive and not checked.drift.detected:
                 self.refined = None
-                return self._has_no_findings()
+                return self._has_no_findings(target, start)
             if not self.refine:
                 return False
             self.refined = refine_density(
                 target, start, max_gradients=MAX_GRADIENTS, target_ess=CHAIN_ESS, previous=checked
             )
-            return self.refined.mixed and self._has_no_findings()
+            return self.refined.mixed and self._has_no_findings(target, start)
         least = LEAST_EFFICIENCY_AT_START if first else LEAST_EFFICIENCY
         if not self.refine or not (last or result.efficiency >= least):
             return False
-        target, start = self.posterior.start()
+        target, start = self.posterior.start(first)
         budget = MAX_GRADIENTS if last else self.budget
         self.budget = min(2 * self.budget, MAX_GRADIENTS)
         # Chains from few places need longer to forget them.
         ess = CHAIN_ESS if result.efficiency >= FAIR_EFFICIENCY else 2 * CHAIN_ESS
         self.refined = refine_density(target, start, max_gradients=budget, target_ess=ess)
         self.num_gradients += self.refined.num_gradients
-        return self.refined.mixed and self._has_no_findings()
+        return self.refined.mixed and self._has_no_findings(target, start)
 
-    def _has_no_findings(self) -> bool:
+    def _has_no_findings(self, target: LogJoint, start: Start) -> bool:
         imprecise = self._imprecise()
-        self.num_imprecise += bool(imprecise)
-        # Other draws, after a round of training, may do.
-        if imprecise and self.num_imprecise < MAX_IMPRECISE:
-            return False
+        if imprecise:
+            self._add_draws(target, start)
+            imprecise = self._imprecise()
         self.findings = [*self._unvisited(), *self._uncovered_modes(), *imprecise]
         return not self.findings
+
+    def _add_draws(self, target: LogJoint, start: Start) -> None:
+        """More draws for sds that are not known well enough: of the chains that gave them, else of the guide."""
+        if self.refined is None:
+            self.importance = self.posterior.weigh(MORE_DRAWS * self.num_draws)
+            return
+        longer = refine_density(
+            target,
+            start,
+            max_gradients=MAX_GRADIENTS,
+            target_ess=MORE_DRAWS * self.refined.min_ess,
+            previous=self.refined,
+        )
+        if longer.mixed:
+            self.refined = longer
 
     def _imprecise(self) -> list[str]:
         """Sentences on the latents whose sd is not known well enough, though they have one."""

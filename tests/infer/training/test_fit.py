@@ -16,6 +16,8 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 from pyro_flows_ext.guides import AutoIAF, AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import fit, importance
+from pyro_flows_ext.infer.training.posterior import FlowPosterior
+from pyro_flows_ext.programs import LogJoint
 
 X = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64)
 Y = 2 * X + 0.3 * torch.sin(17 * X)
@@ -51,6 +53,20 @@ def test_ends_trusted_at_the_exact_posterior():
     assert result.importance.log_evidence == pytest.approx(evidence(), abs=0.02)
     assert str(result).startswith("Trusted: the draws follow the posterior (ESS")
     assert result.summary().loc["b", "mean"] == pytest.approx(mean, abs=0.1 * sd)
+
+
+def test_chains_before_any_training_run_in_the_coordinates_of_the_warm_start():
+    guide = AutoIAF(regression)
+    fit(regression, guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+    log_joint = LogJoint(regression, latents=guide.latents)
+    posterior = FlowPosterior(log_joint, guide, is_placed=True)
+    draws = []
+    for first in (False, True):
+        torch.manual_seed(0)
+        _, start = posterior.start(first)
+        assert (start.transform is guide.whitening) == first
+        draws.append(start.draw_latents(200))
+    torch.testing.assert_close(draws[0], draws[1])
 
 
 def funnel():
