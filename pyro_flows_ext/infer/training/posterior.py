@@ -43,6 +43,7 @@ class FlowPosterior:
 
     def __init__(self, log_joint: LogJoint, guide: AutoFlow, is_placed: bool = False):
         self.log_joint, self.guide, self.is_placed = log_joint, guide, is_placed
+        self.in_whitening = False  # the coordinates of the last start
 
     @torch.no_grad()
     def weigh(self, num: int) -> ImportanceResult:
@@ -61,7 +62,8 @@ class FlowPosterior:
     def start(self, first: bool = False) -> tuple[LogJoint, Start]:
         """The flow's own coordinates, or those of its whitening where the flow adds nothing but the time of a pass."""
         base, transform = self.guide.get_base_dist(), self.guide.get_transform()
-        if not (first and self.is_placed):
+        self.in_whitening = first and self.is_placed
+        if not self.in_whitening:
             draw = lambda num: base.sample(torch.Size([num]))  # noqa: E731
             return self.log_joint, Start(transform, draw, "flow")
         whitening = self.guide.whitening
@@ -78,8 +80,11 @@ class FlowPosterior:
 
     @torch.no_grad()
     def chain_log_weights(self, refined: RefineResult) -> Tensor | None:
-        # The log-determinant of the flow is in both densities of z.
         chains = refined.chains
+        if self.in_whitening:
+            log_p = chains.log_density - self.guide.whitening.forward_and_ladj(chains.z)[1]
+            return log_p - self.guide.get_posterior().log_prob(chains.u)
+        # The log-determinant of the flow is in both densities of z.
         return chains.log_density - self.guide.get_base_dist().log_prob(chains.z)
 
 

@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 from pyro_flows_ext.guides import AutoIAF, AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import fit, importance
+from pyro_flows_ext.infer.refine import refine_density
 from pyro_flows_ext.infer.training.posterior import FlowPosterior
 from pyro_flows_ext.programs import LogJoint
 
@@ -66,6 +67,10 @@ def test_chains_before_any_training_run_in_the_coordinates_of_the_warm_start():
         _, start = posterior.start(first)
         assert (start.transform is guide.whitening) == first
         draws.append(start.draw_latents(200))
+        refined = refine_density(log_joint, start, num_chains=8, max_gradients=60)
+        u = refined.chains.u
+        expected = log_joint(u) - guide.get_posterior().log_prob(u)
+        torch.testing.assert_close(posterior.chain_log_weights(refined), expected.detach())
     torch.testing.assert_close(draws[0], draws[1])
 
 
