@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="realnvp")
     parser.add_argument("--arms", nargs="+", choices=(*STATIC, *RANKED), default=[*STATIC, *RANKED])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -245,14 +246,14 @@ def main() -> None:
         options.arms = [*dict.fromkeys(["none", *options.arms])]
     data, test = load(options.data)
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         new, kept = run(seed, data, test, options)
         rows += new
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             stem = f"factoring_{options.data}" + "_glow" * (options.architecture == "glow")
             (options.output / f"{stem}.json").write_text(json.dumps(rows, indent=1))
-            if seed == 0 and "likelihood" in kept["flows"]:
+            if seed == options.first_seed and "likelihood" in kept["flows"]:
                 draw(kept).savefig(options.output / f"{stem}.png", dpi=110)
     report(rows)
 

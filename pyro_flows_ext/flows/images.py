@@ -160,7 +160,7 @@ def image_layers(
     for i in range(depth):
         if flow == "residual":
             residual = ResidualFlow(shape, hidden_dims, context_dim=context_dim, **options)
-            layers.append(residual.inv)
+            layers.append(ComposeFlow([residual.inv, Pixelwise(ActNorm(shape[0]))]))
             continue
         widths = (32, 32) if hidden_dims is None else tuple(hidden_dims)
         if flow == "glow":

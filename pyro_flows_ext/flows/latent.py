@@ -71,7 +71,7 @@ def CIF(
             shape = part.inverse_shape(shape)
         noise = dist.Normal(torch.zeros(shape), 1.0).to_event(3)
         return ContinuouslyIndexedFlow(
-            noise, parts, index_dim, (16,), (32, 32), context_dim=context_dim
+            noise, parts, index_dim, (8,), (16,), context_dim=context_dim
         )
     size = read_size(event_shape)
     if context_dim:
