@@ -1,10 +1,11 @@
 """Depth and conditioning of coupling flows, after Koehler, Mehta & Risteski (2021) and Behrmann et al. (2021).
 
-    python benchmarks/depth.py --study linear padding invertibility --seeds 3 --output out
+    python benchmarks/depth.py --study linear padding invertibility three modes --seeds 3 --output out
 
 linear: how many affine couplings of one fixed partition make a random linear map. padding: condition number and
 sample quality of a RealNVP on data padded with nothing, zeros or noise. invertibility: Lipschitz constants and float32
-round trips of three families while they learn a target in two pieces. Prints a table for each, and writes the numbers
+round trips of three families while they learn a target in two pieces. three: three couplings that approach a target,
+and their smallest singular value. modes: KL to k modes on a sphere by the number of couplings. Prints a table for each, and writes the numbers
 (JSON) and a figure (PNG).
 """
 
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import depth_invertibility
 import depth_linear
+import depth_modes
 import depth_padding
+import depth_three
 
 
 def linear(seeds: int, quick: bool, picture: Path) -> list[dict]:
@@ -38,7 +41,25 @@ def invertibility(seeds: int, quick: bool, picture: Path) -> list[dict]:
     return rows
 
 
-STUDIES = {"linear": linear, "padding": padding, "invertibility": invertibility}
+def three(seeds: int, quick: bool, picture: Path) -> list[dict]:
+    rows = depth_three.run(seeds, quick)
+    depth_three.draw(rows, picture)
+    return rows
+
+
+def modes(seeds: int, quick: bool, picture: Path) -> list[dict]:
+    rows = depth_modes.run(seeds, quick)
+    depth_modes.draw(rows, picture)
+    return rows
+
+
+STUDIES = {
+    "linear": linear,
+    "padding": padding,
+    "invertibility": invertibility,
+    "three": three,
+    "modes": modes,
+}
 
 
 def main() -> None:
