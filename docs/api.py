@@ -28,13 +28,14 @@ ROOMS = {
             "Densities": "fit_density DensityFitResult DensityTrainingState",
             "Bounds": "ImportanceWeightedELBO AnnealedELBO linear cosine rezende",
             "Compiled steps": "CompiledSVI",
+            "Logging callbacks": "CSVLogger TensorBoardLogger",
         },
     ),
     "flows": (
         "Flows by name",
         "Densities by the names of their papers. :doc:`/which_flow` compares them.",
         {
-            "Vectors": "NSF MAF RealNVP NICE IAF Residual Planar Radial Sylvester",
+            "Vectors": "NSF MAF RealNVP NICE IAF CircularNSF Residual Planar Radial Sylvester",
             "Latent indices, order and noise": "CIF NestedDropout VAE",
             "Images": "Glow RealNVPImage NSFImage",
             "Registry": "FLOWS Flow Recipe make",
@@ -45,7 +46,7 @@ ROOMS = {
         "Densities are modules and Pyro distributions at once. :doc:`/which_flow` compares them.",
         {
             "Flows": "Density TransformedDensity FlowDistribution ContinuouslyIndexedFlow NestedDropoutFlow FlowVAE "
-            "Dequantized",
+            "Dequantized UniformAngles check_guide_site",
             "Images": "MultiScaleFlow",
             "Test data and energies": "TOYS Toy ENERGIES Energy",
         },
@@ -55,10 +56,11 @@ ROOMS = {
         "Invertible maps with parameters. :doc:`/transforms` has their formulas and costs in one table.",
         {
             "Base classes": "FlowTransform InverseFlow ComposeFlow IndexedTransform",
-            "Presets": "nsf maf iaf realnvp nice glow_vector residual sylvester",
+            "Presets": "nsf maf iaf realnvp nice glow_vector circular_nsf residual sylvester",
             "Planar, radial and Sylvester": "Planar Radial Sylvester OrthogonalSylvester HouseholderSylvester "
             "TriangularSylvester",
-            "Coupling and autoregressive": "Coupling Autoregressive Transformer Affine Additive RationalQuadratic",
+            "Coupling and autoregressive": "Coupling Autoregressive Transformer Affine Additive RationalQuadratic "
+            "CircularSpline",
             "Linear": "LULinear QRLinear HouseholderLinear Permute",
             "Elementwise and normalisation": "ElementwiseAffine Whitening SinhArcsinh ActNorm BatchNorm",
             "Residual and Hamiltonian": "ResidualFlow LogDetNoise Leapfrog",
@@ -74,7 +76,8 @@ ROOMS = {
         {
             "Summaries and export": "summary ParameterSummary flatten_samples to_inference_data save_netcdf",
             "Evidence and gaps": "log_evidence_ais annealed_importance_sampling AISResult gaps InferenceGaps",
-            "Calibration": "simulation_based_calibration CalibrationResult rank_histogram",
+            "Calibration and scores": "simulation_based_calibration CalibrationResult rank_histogram pit crps",
+            "Importance weights": "importance ImportanceResult",
             "Numerics of a transform": "round_trip_error jacobian_condition_number lipschitz_estimate LipschitzEstimate",
         },
     ),

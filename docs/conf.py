@@ -87,8 +87,10 @@ def as_restructured_text(match):
         return match[0]
     code, suffix = match["code"], match["suffix"] and "\\ " + match["suffix"]
     name = code.removesuffix("()")
-    if name in ADDRESSES:
-        return f":py:obj:`{code} <{ADDRESSES[name]}>`{suffix}"
+    room, _, last = name.rpartition(".")
+    if name in ADDRESSES or (room in api.ROOMS and last in api.public_names(room)):
+        target = ADDRESSES[name] if name in ADDRESSES else api.address(room, last)
+        return f":py:obj:`{code} <{target}>`{suffix}"
     return f"``{code}``{suffix}"
 
 
