@@ -14,6 +14,7 @@ from torch import Tensor
 from ...distributions import Density
 from .._loop import OptimFactory, SchedulerFactory, seeded, warn_of_skipped
 from ..training import checkpoint as files
+from ..training.distributed import Processes, find_processes
 from .prepare import read, set_units, split
 from .result import DensityFitResult, joined, result_of
 from .rows import Rows, Table
@@ -63,7 +64,8 @@ def fit_density(
         validation: the share of rows to hold out, rows, a pair (rows, context), a dataset or loader, or None.
         standardize: whether `density.standardize` gets the moments of the data, and its context those of `context`;
             "auto": where a scale or a mean is off by a factor of 3, or scales differ by more than 1000.
-        batch_size, num_steps, lr, schedule, final_lr: the rate falls from `lr` to `final_lr * lr`.
+        batch_size, num_steps, lr, schedule, final_lr: the rate falls from `lr` to `final_lr * lr`. With several processes
+            (`torchrun`; docs/howto/several_processes.md), the batch is that of all together.
         optim: makes another optimizer than Adam from the parameters.
         scheduler: makes a `torch.optim.lr_scheduler` from the optimizer, in place of `schedule`; stepped after every
             update, or with the validation loss where it goes by it.
@@ -106,11 +108,20 @@ class _Plan:
         begin = torch.get_rng_state() if saved is None else saved["begin"]
         torch.set_rng_state(begin)
         batch_size = given["batch_size"]
+        self.processes = find_processes()
+        agreed = {
+            name: given[name]
+            for name in ("num_steps", "batch_size", "lr", "schedule", "patience", "evaluate_every")
+        }
+        self.processes.start(self.density, {**agreed, "checkpoint": saved is not None})
         data, context, weights = given["data"], given["context"], given["weights"]
         self.rows = read("data", self.density, data, context, weights, batch_size)
         self.train, self.held_out = split(self.density, self.rows, given["validation"], batch_size)
+        _check_parts(self.processes, batch_size, _size(self.train))
         if saved is None:
             set_units(self.density, self.train, given["standardize"])
+            # Loaders may have given each process other rows.
+            self.processes.copy(self.density)
         # Every part draws the same order of rows, as two runs with one seed would.
         start = torch.get_rng_state() if saved is None else saved["start"]
         sizes = [num_steps, self.first_steps, _size(self.train)]
@@ -140,11 +151,21 @@ class _Plan:
         torch.set_rng_state(self.kept["start"])
         settings = settings_of(self.given, num_steps)
         with _held(held):
-            run = Run(self.density, self.train, self.held_out, settings, self.kept)
+            run = Run(self.density, self.train, self.held_out, settings, self.kept, self.processes)
             if self.saved is not None:
                 run.resume(self.saved)
                 self.saved = None
             return result_of(run, run.run(), self.rows)
+
+
+def _check_parts(processes: Processes, batch_size: int, num_rows: int | None) -> None:
+    """Raises `ValueError` where a process would get no row of a batch."""
+    size = batch_size if num_rows is None else min(batch_size, num_rows)
+    if size < processes.count:
+        raise ValueError(
+            f"batch_size: expected at least one row for each of {processes.count} processes, got batches of {size}; it is "
+            "the size of the batch of all processes together"
+        )
 
 
 def _size(rows: Rows) -> int | None:

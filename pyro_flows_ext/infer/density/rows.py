@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 from torch.utils.data import Subset as TorchSubset
+from torch.utils.data.distributed import DistributedSampler
 
 # Rows of a stream that are read to learn about it before training.
 HEAD_ROWS = 10_000
@@ -40,14 +41,23 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part.to(like) for part in self))  # type: ignore[arg-type]
 
 
+# The rows of a batch of so many that one process of several takes.
+Part = Callable[[int], slice]
+
+
+def whole(num: int) -> slice:
+    """All rows."""
+    return slice(num)
+
+
 class Rows(Protocol):
     """Data that can be read many times."""
 
     columns: list[str] | None
     context_columns: list[str] | None
 
-    def epoch(self, batch_size: int) -> Iterator[Batch]:
-        """The rows in a new order; what is left over at the end is left out."""
+    def epoch(self, batch_size: int, part: Part = whole) -> Iterator[Batch]:
+        """The rows in a new order, `part` of every batch; what is left over at the end is left out."""
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """All rows in their order."""
@@ -80,11 +90,11 @@ class Table:
             rows = self.index[rows]
         return Batch(*self.parts).take(rows)
 
-    def epoch(self, batch_size: int) -> Iterator[Batch]:
+    def epoch(self, batch_size: int, part: Part = whole) -> Iterator[Batch]:
         size = min(batch_size, len(self))
         order = torch.randperm(len(self)).to(self.parts[0].device)
         for rows in order[: len(self) // size * size].split(size):
-            yield self.take(rows)
+            yield self.take(rows[part(size)])
 
     def chunks(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
@@ -113,8 +123,21 @@ class Stream:
     def __init__(self, name: str, batches: Iterable[Any], takes_context: bool):
         self.name, self.batches, self.takes_context = name, batches, takes_context
 
-    def epoch(self, batch_size: int) -> Iterator[Batch]:
-        yield from self.chunks(batch_size)
+    @property
+    def sampler(self) -> DistributedSampler | None:
+        """The sampler of a loader that gives every process rows of its own."""
+        sampler = getattr(self.batches, "sampler", None)
+        return sampler if isinstance(sampler, DistributedSampler) else None
+
+    def epoch(self, batch_size: int, part: Part = whole) -> Iterator[Batch]:
+        if self.sampler is not None:
+            yield from self.chunks(batch_size)
+        elif isinstance(self.batches, _Shuffled):
+            for item in self.batches.iterate(part):
+                yield self._batch(item)
+        else:
+            for batch in self.chunks(batch_size):
+                yield batch.take(part(len(batch.values)))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         found = False
@@ -159,10 +182,14 @@ class _Shuffled:
         self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
 
     def __iter__(self) -> Iterator[Any]:
+        return self.iterate(whole)
+
+    def iterate(self, part: Part) -> Iterator[Any]:
+        """Part of every batch; the rest is not read."""
         size = min(self.batch_size, len(self.dataset))
         order = torch.randperm(len(self.dataset)).tolist()
         for start in range(0, len(order) // size * size, size):
-            yield self.collate([self.dataset[i] for i in order[start : start + size]])
+            yield self.collate([self.dataset[i] for i in order[start : start + size][part(size)]])
 
 
 def read_rows(

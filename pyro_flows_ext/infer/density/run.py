@@ -16,6 +16,7 @@ from torch import Tensor
 from ...distributions import Density
 from .._loop import OptimFactory
 from ..training import checkpoint as files
+from ..training.distributed import Processes
 from ..training.progress import Progress
 from ..training.steps import take_steps
 from ..training.trainer import Trainer
@@ -72,10 +73,12 @@ class DensityTrainingState:
 class BatchObjective:
     """Minus the mean objective of a density on one batch after the other, for a `Trainer`."""
 
-    def __init__(self, density: Density, train: Rows, batch_size: int):
+    def __init__(self, density: Density, train: Rows, batch_size: int, processes: Processes):
         self.density, self.parameters = density, trained(density)
         self.like = self.parameters[0]
-        self.batches = Batches(train, batch_size)
+        self.batches = Batches(train, batch_size, processes)
+        # Of this process's part of the batch, in an average over processes.
+        self.weight = 1.0
         # Tables are checked as a whole before training.
         self.is_unchecked = isinstance(train, Stream)
         self.mean_weight = _mean_weight(train)
@@ -85,6 +88,7 @@ class BatchObjective:
         if self.is_unchecked:
             check_finite("data", raw.values, self.like.dtype)
         batch = raw.to(self.like)
+        self.weight = float(len(batch.values))
         if not self.density.training:
             self.density.train()
         values = objective(self.density, batch)
@@ -105,6 +109,7 @@ class Run:
         validation: rows to evaluate on, or None.
         settings: numbers and callbacks.
         kept: what a checkpoint holds beside the state of this run.
+        processes: those that train together.
     """
 
     def __init__(
@@ -114,25 +119,35 @@ class Run:
         validation: Rows | None,
         settings: Settings,
         kept: dict[str, Any],
+        processes: Processes,
     ):
         self.density, self.validation, self.settings, self.kept = density, validation, settings, kept  # fmt: skip
-        self.objective = BatchObjective(density, train, settings.batch_size)
+        self.processes = processes
+        self.objective = BatchObjective(density, train, settings.batch_size, processes)
         self.like = self.objective.like
         optim = settings.optim or _adam(self.objective.parameters, settings.lr)
         self.trainer = Trainer(
-            self.objective, optim, settings.lr, settings.clip_norm, settings.scheduler
+            self.objective,
+            optim,
+            settings.lr,
+            settings.clip_norm,
+            settings.scheduler,
+            processes,
         )
         self.state = DensityTrainingState()
         self.best: dict[str, Tensor] = {}
         self.num_worse = 0
         self.seconds = 0.0
-        self.saver = files.Saver(settings.checkpoint)
-        self.progress = Progress(settings.progress, settings.num_steps, "fit_density")
+        self.saver = files.Saver(settings.checkpoint if processes.is_first else None)
+        self.progress = Progress(
+            settings.progress and processes.is_first, settings.num_steps, "fit_density"
+        )
 
     def run(self) -> bool:
         """Steps and evaluations until there are no more or no better ones; returns whether the run was interrupted."""
         settings, state = self.settings, self.state
         begin = time.perf_counter() - self.seconds
+        self.processes.spread()
         interrupted = False
         try:
             if state.step == 0:
@@ -196,14 +211,23 @@ class Run:
         total, weight = 0.0, 0.0
         with torch.random.fork_rng([self.like.device] if self.like.is_cuda else []):
             torch.manual_seed(EVALUATION_SEED)
-            for raw in self.validation.chunks(max(self.settings.batch_size, 512)):  # type: ignore[union-attr]
-                batch = raw.to(self.like)
+            for whole in self.validation.chunks(max(self.settings.batch_size, 512)):  # type: ignore[union-attr]
+                batch = self._part(whole).to(self.like)
+                if not len(batch.values):
+                    continue
                 values = objective(self.density, batch).double()
                 if batch.weights is not None:
                     values = values * batch.weights
                 total -= values.sum().item()
                 weight += len(values) if batch.weights is None else batch.weights.sum().item()
+        total, weight = self.processes.total(total, weight)
         return total / weight if weight else math.nan
+
+    def _part(self, batch: Batch) -> Batch:
+        """This process's part of validation rows, unless its loader gives it rows of its own."""
+        if getattr(self.validation, "sampler", None) is not None:
+            return batch
+        return batch.take(self.processes.part(len(batch.values)))
 
     def _restore(self, interrupted: bool) -> None:
         """Puts the best parameters back, and the density in eval mode."""
@@ -221,6 +245,7 @@ class Run:
     def _call_back(self) -> None:
         if self.settings.callback is not None:
             self.settings.callback(self.state)
+            self.state.stop = self.processes.any(self.state.stop)
 
     # --- checkpoints ---
 
@@ -262,10 +287,11 @@ class Run:
 
 
 class Batches:
-    """Batches without end: all rows in a new order, and again."""
+    """Batches without end: all rows in a new order, and again; of every batch the part of this process."""
 
-    def __init__(self, rows: Rows, batch_size: int):
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, rows: Rows, batch_size: int, processes: Processes):
+        self.rows, self.batch_size, self.processes = rows, batch_size, processes
+        self.num_epochs = 0
         self.began: Tensor | None = None
         self.used = 0
         self.epoch: Iterator[Batch] | None = None
@@ -276,23 +302,33 @@ class Batches:
             if batch is not None:
                 self.used += 1
                 return batch
-        self.began, self.used = torch.get_rng_state(), 1
-        self.epoch = self.rows.epoch(self.batch_size)
-        return next(self.epoch)
+        # The order is that of the first process in all of them.
+        with self.processes.alike():
+            self.began, self.used = torch.get_rng_state(), 1
+            return next(self._new_epoch())
+
+    def _new_epoch(self) -> Iterator[Batch]:
+        sampler = getattr(self.rows, "sampler", None)
+        if sampler is not None:
+            sampler.set_epoch(self.num_epochs)
+        self.num_epochs += 1
+        self.epoch = self.rows.epoch(self.batch_size, self.processes.part)
+        return self.epoch
 
     def state(self) -> list[Any]:
         """The generator's state at the start of this epoch, and how many of its batches are used."""
-        return [self.began, self.used]
+        return [self.began, self.used, self.num_epochs]
 
     def load_state(self, state: list[Any]) -> None:
         """Goes to the same place of the same epoch."""
-        self.began, self.used = state
+        self.began, self.used, self.num_epochs = state
         if self.began is None:
             return
         torch.set_rng_state(self.began)
-        self.epoch = self.rows.epoch(self.batch_size)
+        self.num_epochs -= 1
+        epoch = self._new_epoch()
         for _ in range(self.used):
-            next(self.epoch)
+            next(epoch)
 
 
 def _adam(parameters: list[Tensor], lr: float) -> OptimFactory:

@@ -35,6 +35,7 @@ from .._loop import OptimFactory, check_settings, seeded
 from ..elbo import ImportanceWeightedELBO
 from ..importance import model_first
 from ..warm_start import Mode, whiten_at_posterior
+from .distributed import Processes, find_processes
 from .enlarge import fit_enlarging
 from .objectives import ELBOObjective, Objective, PathObjective
 from .posterior import FlowPosterior, GuidePosterior, Posterior
@@ -42,6 +43,8 @@ from .result import FitResult
 from .rounds import Callback
 from .run import Options, Run
 
+# Options that are the same in all processes of a run.
+AGREED = ("max_steps", "is_fixed", "lr", "schedule", "num_particles", "target_ess")
 # Particles of a step: in one pass, one by one, and where one pass of all takes longer than the seconds below.
 PARTICLES, PARTICLES_IN_A_LOOP, PARTICLES_OF_DEAR_MODELS = 64, 8, 16
 DEAR_SECONDS = 0.2
@@ -143,10 +146,13 @@ def _fit_one(
     log_joint = None
     if flow is not None and loss is None:
         log_joint = LogJoint(model, args, kwargs, latents=flow.latents)
-    run = Run(model, guide, args, kwargs, options)
-    run.modes = list(modes)
+    processes = find_processes()
     path = options.checkpoint
-    if path is not None:
+    if processes.count > 1:
+        processes.start(guide, {name: getattr(options, name) for name in AGREED})
+    run = Run(model, guide, args, kwargs, options, processes)
+    run.modes = list(modes)
+    if path is not None and processes.is_first:
         remove_unfinished(Path(path).parent)
     is_resumed = resume and path is not None and os.path.exists(path)
     is_placed = False
@@ -157,13 +163,25 @@ def _fit_one(
             run.announce("warm start")
             found = log_joint or LogJoint(model, args, kwargs, latents=guide.latents)
             run.warm_start = whiten_at_posterior(found, guide)
+            processes.copy(guide)
+    objective = _objective(model, guide, args, kwargs, log_joint, loss, options)
+    _share_particles(objective, loss, processes)
     run.prepare(
-        _objective(model, guide, args, kwargs, log_joint, loss, options),
+        objective,
         _posterior(model, guide, args, kwargs, log_joint, single, is_placed),
     )
     if is_resumed:
         run.resume()
     return run.finish(*run.train(), begin)
+
+
+def _share_particles(objective: Objective, loss: ELBO | None, processes: Processes) -> None:
+    """Gives every process its part of the particles; of a loss of the user's each takes all."""
+    owner: Any = objective.loss if isinstance(objective, ELBOObjective) else objective
+    if processes.count > 1 and loss is None:
+        # The default depends on the seconds that a gradient takes, which differ between processes.
+        num = int(processes.of_first(owner.num_particles))
+        owner.num_particles = max(1, num // processes.count)
 
 
 def _fit_auto(given: dict[str, Any]) -> FitResult:

@@ -20,6 +20,7 @@ from ...programs import Program, nonfinite_ignored
 from .._loop import OptimFactory, decay, warn_of_skipped
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
+from .distributed import Processes
 from .objectives import Objective, PathObjective
 from .posterior import Posterior
 from .progress import Progress
@@ -73,15 +74,17 @@ class Run:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: Options,
+        processes: Processes,
     ):
+        self.processes = processes
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.options = options
         self.state = TrainingState()
-        self.progress = Progress(options.progress, options.max_steps, "fit")
+        self.progress = Progress(options.progress and processes.is_first, options.max_steps, "fit")
         self.warm_start: WarmStart | None = None
         self.modes: list[Mode] = []
         self.in_round, self.round_rest, self.level = 0, 0, 0
-        self.saver = files.Saver(options.checkpoint)
+        self.saver = files.Saver(options.checkpoint if processes.is_first else None)
         self.problem: str | None = None
 
     def announce(self, phase: str) -> None:
@@ -91,7 +94,9 @@ class Run:
     def prepare(self, objective: Objective, posterior: Posterior | None) -> None:
         """Sets what is trained and what checks it."""
         options = self.options
-        self.trainer = Trainer(objective, options.optim, options.lr, options.clip_norm)
+        self.trainer = Trainer(
+            objective, options.optim, options.lr, options.clip_norm, processes=self.processes
+        )
         self.best = BestState(self.guide, self.trainer)
         self.check: TrustCheck | None = None
         if self.warm_start is not None:
@@ -105,6 +110,7 @@ class Run:
 
     def train(self) -> tuple[str, bool]:
         """Runs to the end: the reason for it, and whether the draws are trusted."""
+        self.processes.spread()
         try:
             # Steps whose loss is not finite are skipped and counted: Pyro's warnings of them are left out.
             with nonfinite_ignored(), _checks_first():
@@ -177,6 +183,13 @@ class Run:
         return "level", False
 
     def _evaluate_round(self, is_first: bool = False) -> bool:
+        """Whether the draws can be trusted, as the first process finds."""
+        with self.processes.alike():
+            is_trusted = self._judge_round(is_first)
+        self.level = int(self.processes.of_first(self.level))
+        return bool(self.processes.of_first(is_trusted))
+
+    def _judge_round(self, is_first: bool) -> bool:
         """Weighs or averages, keeps the best state, and decides whether the draws can be trusted."""
         if self.check is None:
             if is_first:
@@ -208,8 +221,13 @@ class Run:
         return lengths[self.state.round - 1]
 
     def _is_trusted_at_last(self) -> bool:
-        """The verdict on the best state, with the full budget for chains."""
+        """The verdict on the best state, with the full budget for chains, as the first process finds."""
         self.best.restore()
+        with self.processes.alike():
+            is_trusted = self._judge_at_last()
+        return bool(self.processes.of_first(is_trusted))
+
+    def _judge_at_last(self) -> bool:
         if self.check is None:
             return False
         result = self._weigh()
@@ -242,6 +260,7 @@ class Run:
     def _call_back(self) -> None:
         if self.options.callback is not None:
             self.options.callback(self.state)
+            self.state.stop = self.processes.any(self.state.stop)
 
     # --- checkpoints ---
 
@@ -260,7 +279,7 @@ class Run:
                 "losses": torch.tensor(self.state.losses, dtype=torch.float64),
                 "guide": self.guide.state_dict() if isinstance(self.guide, torch.nn.Module) else {},
                 "trainer": self.trainer.state(),
-                "num_particles": getattr(self.trainer.objective, "num_particles", None),
+                "num_particles": self._num_particles(),
                 "best": best,
                 "budget": None if self.check is None else self.check.budget,
                 "num_gradients": 0 if self.check is None else self.check.num_gradients,
@@ -268,6 +287,11 @@ class Run:
                 "random": files.random_state(),
             },
         )
+
+    def _num_particles(self) -> int | None:
+        """Those of all processes together."""
+        num = getattr(self.trainer.objective, "num_particles", None)
+        return None if num is None else num * self.processes.count
 
     def resume(self) -> None:
         """Goes back to the checkpoint. Raises `ValueError` where it is not of this model and guide."""
@@ -277,7 +301,7 @@ class Run:
         objective = self.trainer.objective
         if self.options.num_particles is None and isinstance(objective, PathObjective):
             # The default depends on the seconds that a gradient takes, which differ between runs.
-            objective.num_particles = saved["num_particles"]
+            objective.num_particles = max(1, saved["num_particles"] // self.processes.count)
         self.trainer.load_state(saved["trainer"])
         self.state.step, self.state.round = saved["step"], saved["round"]
         self.in_round, self.level = saved["in_round"], saved["level"]

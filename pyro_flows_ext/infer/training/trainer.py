@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .._loop import OptimFactory, SchedulerFactory
 from ..compiled import CompiledTraining, UnsupportedForCompilation
+from .distributed import Processes
 from .objectives import ELBOObjective, Objective
 from .timing import Timing
 
@@ -27,6 +28,7 @@ class Trainer:
         lr: Adam's rate.
         clip_norm: the largest joint norm of the gradients; None for no clipping.
         scheduler: makes a `torch.optim.lr_scheduler` from the optimizer, which then sets the rates.
+        processes: over which gradients and losses are averaged, weighted by `objective.weight` where it has one.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class Trainer:
         lr: float = 0.02,
         clip_norm: float | None = 10.0,
         scheduler: SchedulerFactory | None = None,
+        processes: Processes | None = None,
     ):
         self.objective = objective
+        self.processes = Processes() if processes is None else processes
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.pyro_optim = optim if isinstance(optim, PyroOptim) else None
         self.factory: OptimFactory = _adam(lr) if optim is None or self.pyro_optim else optim  # type: ignore[assignment]
@@ -59,6 +63,7 @@ class Trainer:
                 warnings.warn(f"fit goes on with eager steps: {unsupported}", stacklevel=6)
         value, params = self.objective()
         params = [p for p in params if p.requires_grad]
+        value = self.processes.average(value, params, getattr(self.objective, "weight", 1.0))
         active = [p for p in params if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(active, self.clip_norm)
         finite = math.isfinite(value) and bool(norm.isfinite())
@@ -80,6 +85,8 @@ class Trainer:
             return
         known = {id(p) for p in self.params}
         new = [p for p in params if id(p) not in known]  # some guides make parameters as they go
+        if new:
+            self.processes.copy(new)
         self.params += new
         if self.optimizer is None:
             self._make_optimizer(new)
@@ -152,6 +159,8 @@ class Trainer:
         """Compiles the steps to come; where that is not possible they stay eager, with a warning if it was asked for."""
         objective, optim = self.objective, self.pyro_optim or self.optimizer
         try:
+            if self.processes.count > 1:
+                raise UnsupportedForCompilation("gradients are averaged over processes")
             if not isinstance(objective, ELBOObjective):
                 raise UnsupportedForCompilation("the loss is no Pyro ELBO")
             if optim is None:

@@ -1,0 +1,135 @@
+"""Training on two processes by `torchrun`, beside the same run on one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_flows_ext.infer.training.distributed import Processes, find_processes
+
+SCRIPT = Path(__file__).with_name("processes.py")
+# A start of two processes takes some ten seconds, most of it imports.
+slow = pytest.mark.slow
+
+
+def start(scenario, folder, num):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"]
+    command = [sys.executable, *(launcher if num > 1 else []), str(SCRIPT), scenario, str(folder)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run(scenario, folder, num=2):
+    """The results by process."""
+    process = start(scenario, folder, num)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    names = [scenario, f"{scenario}-1"][:num]
+    return [json.loads((folder / f"{name}.json").read_text()) for name in names]
+
+
+def assert_same(found, expected, tolerance):
+    for name in ("losses", "validation"):
+        actual, wanted = torch.tensor(found[name]), torch.tensor(expected[name])
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert found["parameters"] == pytest.approx(expected["parameters"], rel=tolerance)
+    assert found["skipped"] == expected["skipped"]
+
+
+@slow
+@pytest.mark.parametrize("scenario", ["table", "actnorm", "weights", "dataset"])
+def test_losses_are_those_of_one_process(scenario, tmp_path):
+    (one,) = run(scenario, tmp_path, num=1)
+    first, second = run(scenario, tmp_path)
+    assert_same(first, second, 0.0)
+    assert_same(first, one, 1e-4)
+    assert len(set(one["losses"])) > 1
+    if scenario == "dataset":
+        # 16 of the 32 rows of a batch, beside those that all processes look at before training.
+        read = [json.loads((tmp_path / f"read-{rank}.json").read_text()) for rank in (0, 1)]
+        assert read[0] == read[1]
+
+
+@slow
+def test_a_distributed_sampler_gives_each_process_its_rows(tmp_path):
+    first, second = run("sampler", tmp_path)
+    assert_same(first, second, 0.0)
+
+
+@slow
+def test_every_process_draws_noise_of_its_own(tmp_path):
+    (one,) = run("noise", tmp_path, num=1)
+    first, second = run("noise", tmp_path)
+    assert_same(first, second, 0.0)
+    draws = [json.loads((tmp_path / f"draws-{rank}.json").read_text()) for rank in (0, 1)]
+    assert draws[0] == draws[1]  # the seed is over, and with it what differed
+    assert first["validation"][-1] == pytest.approx(one["validation"][-1], abs=0.2)
+
+
+@slow
+def test_all_skip_the_step_of_one_and_stop_with_one(tmp_path):
+    first, second = run("infinite", tmp_path)
+    assert_same(first, second, 0.0)
+    assert first["skipped"] == 2
+    first, second = run("stopped", tmp_path)
+    assert first["steps"] == second["steps"] == 10
+
+
+@slow
+def test_a_checkpoint_of_two_goes_on_in_one(tmp_path):
+    (whole,) = run("table", tmp_path, num=1)
+    assert run("half", tmp_path)[0]["steps"] == 10
+    (rest,) = run("resumed", tmp_path, num=1)
+    assert rest["steps"] == 20
+    assert_same(rest, whole, 1e-4)
+
+
+@slow
+def test_a_killed_process_ends_all_and_one_goes_on(tmp_path):
+    process = start("killed", tmp_path, 2)
+    _, errors = process.communicate(timeout=200)
+    seconds = time.time() - json.loads((tmp_path / "begin.json").read_text())
+    assert process.returncode != 0
+    assert "SIGKILL" in errors or "Signal 9" in errors
+    assert "ProcessLost: process 0 of 2: expected all 2 processes, but another one ended" in errors
+    assert seconds < 60  # of which training takes some
+
+
+@slow
+def test_arguments_that_differ_are_refused(tmp_path):
+    process = start("other", tmp_path, 2)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert r"batch_size: expected the same in all 2 processes, got [32, 33]" in errors
+
+
+@slow
+@pytest.mark.parametrize("scenario", ["posterior", "batches"])
+def test_fit(scenario, tmp_path):
+    first, second = run(scenario, tmp_path)
+    assert_same(first, second, 0.0)
+    assert first["steps"] > 10
+    if scenario == "batches":
+        drawn = [json.loads((tmp_path / f"drawn-{rank}.json").read_text()) for rank in (0, 1)]
+        assert drawn[0] != drawn[1]
+
+
+def test_one_process_changes_nothing():
+    processes = find_processes()
+    assert type(processes) is Processes
+    state = torch.get_rng_state()
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.arange(3.0)
+    with processes.alike():
+        assert processes.average(2.0, [p], 5.0) == 2.0
+    processes.spread()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(p.grad, torch.arange(3.0))
+    assert list(range(7))[processes.part(7)] == list(range(7))
+    assert processes.total(1.0, 2.0) == [1.0, 2.0]
+    assert repr(processes) == "process 0 of 1"
