@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib import import_module
 
 import pyro
@@ -111,6 +112,20 @@ def test_a_latent_without_a_variance_is_named_and_does_not_cost_the_trust():
     draws = result.sample(4000)["scale"].quantile(torch.tensor([0.25, 0.5, 0.75]).double())
     expected = torch.tan(torch.pi / 8 * torch.tensor([1.0, 2.0, 3.0]).double())
     torch.testing.assert_close(draws, expected, rtol=0.2, atol=0)
+
+
+def test_a_run_whose_chains_never_mix_ends_at_their_budget(monkeypatch):
+    verdict = import_module("pyro_flows_ext.infer.training.verdict")
+    monkeypatch.setattr(verdict, "TOTAL_GRADIENTS", 100)
+    few = partial(refine_density, num_chains=8)
+    monkeypatch.setattr(
+        verdict, "refine_density", lambda *args, **kw: few(*args, **{**kw, "max_gradients": 40})
+    )
+    result = fit(funnel, AutoMultivariateNormal(funnel), seed=0, progress=False)
+    assert result.reason == "level"
+    assert not result.trusted
+    assert result.steps <= 500
+    assert any("Chains do not mix" in text for text in result.advice)
 
 
 def two_modes():
