@@ -22,7 +22,7 @@ MAX_K_HAT = 0.7
 # Gradients, of all chains at once, for a check of drift and for the first attempt to refine; the budget doubles.
 VERIFY_GRADIENTS, REFINE_GRADIENTS, MAX_GRADIENTS = 160, 600, 2400
 # Gradients of all attempts to refine after which more training and longer chains are not tried.
-TOTAL_GRADIENTS = 4000
+TOTAL_GRADIENTS = 1500
 # Effective draws at which chains stop: means to .03 sd.
 CHAIN_ESS = 1000.0
 # Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
