@@ -137,23 +137,18 @@ class Coupling(FlowTransform):
 
     @property
     def domain(self) -> Any:  # type: ignore[override]
-        return _events(self.transformer.domain, len(self.event_shape))
+        """Vectors or images of elements of the transformer's domain."""
+        domain, event_dim = self.transformer.domain, len(self.event_shape)
+        if domain is constraints.real:
+            return constraints.real_vector if event_dim == 1 else IMAGE
+        return constraints.independent(domain, event_dim)
 
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
-        return _events(self.transformer.domain, len(self.event_shape))
+    codomain = domain
 
     def extra_repr(self) -> str:
         name, flip = self._kind
         flipped = ", flip=True" if flip else ""
         return f"{self.input_dim}, transformer={self.transformer!r}, mask={name!r}{flipped}"
-
-
-def _events(domain: Any, event_dim: int) -> Any:
-    """Vectors or images of elements of a domain."""
-    if domain is constraints.real:
-        return constraints.real_vector if event_dim == 1 else IMAGE
-    return constraints.independent(domain, event_dim)
 
 
 def _mlp(in_dim: int, out_dim: int, hidden_dims: Sequence[int] | None, **options: Any) -> nn.Module:
