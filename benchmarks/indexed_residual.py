@@ -7,7 +7,8 @@ plane: ten residual layers over a Gaussian, and the same with an index of one nu
 nats of fresh points, by the importance-weighted bound for the indexed flow, beside the entropy of the data; and the largest
 slopes of the map from base to data and of its inverse, at the indices of each point. Writes indexed_plane.json and .png.
 
-images: Fashion-MNIST, means of 2 x 2 pixels rounded to 256 levels, 14 x 14, read from `images/` in the folder named by PYRO_FLOWS_DATA.
+images: Fashion-MNIST, means of 2 x 2 pixels rounded to 256 levels, 14 x 14, or with `--data cifar` CIFAR-10 at 16 x 16,
+read from `images/` in the folder named by PYRO_FLOWS_DATA.
 Residual convolutional layers, each with an ActNorm, behind a squeeze: `small`; `deep`, twice the layers and widths, with more
 parameters than the rest; `indexed`, as small with an index of
 two channels. Printed: bits by dimension of test images. Log-dets are unbiased estimates, also at the test: their noise
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import factoring
 import numpy as np
 import pyro.distributions as dist
 import torch
@@ -153,22 +155,23 @@ def load() -> tuple[Tensor, Tensor]:
     return train, test
 
 
-def of_images(name: str, options: Any) -> Density:
+def of_images(name: str, shape: tuple[int, int, int], options: Any) -> Density:
     depth = options.depth * (2 if name == "deep" else 1)
-    shape = (1, 14, 14)
     if name == "indexed":
         return CIF(shape, 0, depth, (32, 32), flow="residual", index_dim=2)
     widths = (64, 64) if name == "deep" else (32, 32)
     layers = image_layers(shape, "residual", depth, widths, 0)
-    return FlowDistribution(dist.Normal(torch.zeros(4, 7, 7), 1.0).to_event(3), layers)
+    C, H, W = shape
+    noise = dist.Normal(torch.zeros(4 * C, H // 2, W // 2), 1.0).to_event(3)
+    return FlowDistribution(noise, layers)
 
 
 def images(options: Any) -> list[dict[str, Any]]:
-    data, test = load()
+    data, test = load() if options.data == "fashion" else factoring.load("cifar")
     rows = []
     for name in options.arms or ("small", "deep", "indexed"):
         torch.manual_seed(options.seed)
-        flow = of_images(name, options)
+        flow = of_images(name, tuple(data.shape[1:]), options)  # type: ignore[arg-type]
         density = Dequantized(flow)
         pixels = density.preprocess((data[:2000] + 0.5) / 256)  # type: ignore[misc]
         over = (0,) if options.by_pixel else (0, 2, 3)
@@ -191,7 +194,7 @@ def images(options: Any) -> list[dict[str, Any]]:
                 some = test[: max(1, options.num_test // 5)]
                 weighted = density.bits_per_dim(some, num_particles=options.particles).mean().item()
         per_image = found.unflatten(0, (-1, 2)).mean(1).flatten()
-        row = {"study": "images", "arm": name, "seed": options.seed, "bits": per_image.mean().item(), "se": per_image.std().item() / len(per_image) ** 0.5, "weighted": weighted, "steps": steps, "seconds": options.seconds, "parameters": count(flow)}  # fmt: skip
+        row = {"study": "images", "data": options.data, "arm": name, "seed": options.seed, "bits": per_image.mean().item(), "se": per_image.std().item() / len(per_image) ** 0.5, "weighted": weighted, "steps": steps, "seconds": options.seconds, "parameters": count(flow)}  # fmt: skip
         rows.append(row)
         print(f"{name:8s} {row['bits']:.3f} ± {row['se']:.3f} bits/dim, weighted {weighted:.3f}   {steps} steps, {count(flow)} parameters", flush=True)  # fmt: skip
     return rows
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--depth", type=int, default=4, help="layers of small and indexed")
+    parser.add_argument("--data", choices=("fashion", "cifar"), default="fashion")
     parser.add_argument("--by-pixel", action="store_true", help="standardise every pixel by itself")
     parser.add_argument("--num-test", type=int, default=1000)
     parser.add_argument("--particles", type=int, default=100)
