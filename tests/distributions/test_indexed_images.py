@@ -104,7 +104,7 @@ def test_context_by_row(index_image):
     assert not torch.isclose(changed[1:], together[1:]).any()
     with pytest.raises(ValueError, match=r"call condition\(context\) first"):
         density.log_prob(x)
-    with pytest.raises(ValueError, match="takes no context"):
+    with pytest.raises(ValueError, match="expected a density with a context"):
         indexed_images().condition(context)
 
 
