@@ -60,7 +60,7 @@ def style_axes(ax: Axes, x_label: str | None, y_label: str | None, *, num_ticks:
         x_formatter = ax.xaxis.get_major_formatter()
         x_formatter.format_ticks(ax.get_xticks().tolist())
         # The power of ten stands at the right end, on the label's line: move a label out of its way.
-        ax.set_xlabel(shorten(x_label), labelpad=12 if x_formatter.get_offset() else 3, **style)
+        ax.set_xlabel(shorten(x_label), labelpad=15 if x_formatter.get_offset() else 3, **style)
     if y_label is not None:
         ax.set_ylabel(shorten(y_label), **style)
 
