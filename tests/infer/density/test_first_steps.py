@@ -88,7 +88,9 @@ def test_the_first_part_of_a_run_holds_what_trains_later_and_the_second_begins_w
     frozen.requires_grad_(False)
     second = fit_density(wrapped, data, **{**options, "num_steps": 5})
     assert torch.equal(result.losses, torch.cat([first.losses, second.losses]))
-    assert result.best_loss == second.best_loss
+    assert result.best_loss == pytest.approx(
+        second.best_loss, rel=1e-6
+    )  # one kernel of Adam for all parameters, or two
 
 
 def test_a_failing_first_part_leaves_the_flow_to_train():
