@@ -72,7 +72,8 @@ class _Estimated:
     """A bound's unbiased estimate in place of the density."""
 
     def __init__(self, density: Density):
-        self.sample, self._bound = density.sample, density.log_prob_bound
+        self.sample, self.support = density.sample, density.support
+        self._bound = density.log_prob_bound
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._bound(value, GRID_PARTICLES)  # type: ignore[operator]

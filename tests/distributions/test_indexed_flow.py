@@ -111,7 +111,7 @@ def test_density_by_quadrature_integrates_to_one():
     density = one_layer(1)
 
     class Exact:
-        sample = density.sample
+        sample, support = density.sample, density.support
 
         def log_prob(self, x):
             return torch.cat([by_quadrature(density, part) for part in x.split(50)])
