@@ -12,10 +12,11 @@ import pyro_flows_ext.transforms as T
 from pyro_flows_ext.distributions import Density, Dequantized, FlowDistribution, NestedDropoutFlow
 from pyro_flows_ext.testing import perturb
 
+# Angles have units of their own.
 NAMES = [
     name
     for name, entry in DENSITIES.items()
-    if entry.context_dim is None and "standardized" not in name
+    if entry.context_dim is None and "standardized" not in name and name != "angles"
 ]
 
 
@@ -135,3 +136,9 @@ def test_what_cannot_be_standardized():
 def test_no_rows_have_no_log_densities(name, shape):
     density = DENSITIES[name].make()
     assert density.log_prob(torch.zeros(shape)).shape == shape[:-1]
+
+
+def test_angles_keep_their_units():
+    density, loc, scale = made("angles")
+    with pytest.raises(ValueError, match="expected a density of all real numbers"):
+        density.standardize(loc, scale)
