@@ -134,7 +134,10 @@ def _make_layers(
     index_hidden_dims: Sequence[int],
 ) -> list[IndexedLayer]:
     if isinstance(transform, str):
-        steps = STEPS[transform](input_dim, num_layers=num_layers, hidden_dims=hidden_dims)
+        # Presets of one latent have no hidden layers by default. An indexed flow keeps them: without, it reached separate
+        # modes in too few of its steps.
+        widths = (64, 64) if hidden_dims is None and input_dim == 1 else hidden_dims
+        steps = STEPS[transform](input_dim, num_layers=num_layers, hidden_dims=widths)
     else:
         steps = [transform(input_dim) for _ in range(num_layers)]
     return [IndexedLayer(f, input_dim, index_dim, index_hidden_dims) for f in steps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def check_event_dim(name: str, x: Tensor, event_dim: int) -> None:
 
 def check_positive(name: str, value: int) -> int:
     """Returns `value` if it is a positive integer; raises `ValueError` otherwise."""
-    if int(value) != value or value < 1:
+    if not isinstance(value, Real) or int(value) != value or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     return int(value)
 

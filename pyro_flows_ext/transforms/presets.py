@@ -335,7 +335,7 @@ def _autoregressives(
     **options: Any,
 ) -> list[Autoregressive]:
     """Forwards and backwards in turn: the last variable in one layer, which all others feed, is the first in the next."""
-    if input_dim == 1 and not context_dim:
+    if input_dim == 1 and not context_dim and hidden_dims is None:
         # The network has no input, so that hidden layers only reparameterise its biases. Adam, which moves each weight by
         # its rate, would move the parameters some 30 times as fast through two hidden layers of 64.
         hidden_dims = ()

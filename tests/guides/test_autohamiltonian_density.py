@@ -231,7 +231,7 @@ def test_the_bound_on_the_density_rises_to_that_of_the_draws():
     gap = density[25:250:25].log() - one
     assert gap.mean() > 0
     assert (gap > -0.1).all()
-    assert guide.log_prob_bound({"s": torch.tensor([-1.0])}) == -torch.inf
+    assert guide.log_prob_bound({"s": torch.tensor([-1.0], dtype=torch.float64)}) == -torch.inf
 
 
 # --- gradients ---
