@@ -40,6 +40,17 @@ FLOWS: dict[str, FlowFactory] = {
 }
 
 
+def _networked(
+    preset: Callable[..., FlowTransform],
+    hidden_dims: Sequence[int] | None,
+    input_dim: int,
+    **options: Any,
+) -> FlowTransform:
+    """The preset, without hidden layers for one latent, where they only multiply the rate: see docs/design.md."""
+    widths = None if input_dim == 1 else hidden_dims
+    return preset(input_dim, hidden_dims=widths, **options)
+
+
 class FlowOptions(GuideOptions, total=False):
     """Keywords of the guides with an exact density: see `AutoFlow`."""
 
@@ -220,7 +231,7 @@ class AutoNSF(AutoFlow):
         kind: str = "coupling",
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(nsf, num_layers=num_layers, hidden_dims=hidden_dims, kind=kind)
+        flow = partial(_networked, nsf, hidden_dims, num_layers=num_layers, kind=kind)
         super().__init__(model, flow, **options)
 
 
@@ -238,7 +249,7 @@ class AutoIAF(AutoFlow):
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(iaf, num_layers=num_layers, hidden_dims=hidden_dims)
+        flow = partial(_networked, iaf, hidden_dims, num_layers=num_layers)
         super().__init__(model, flow, **options)
 
 
@@ -256,7 +267,7 @@ class AutoMAF(AutoFlow):
         hidden_dims: Sequence[int] | None = None,
         **options: Unpack[FlowOptions],
     ):
-        flow = partial(maf, num_layers=num_layers, hidden_dims=hidden_dims)
+        flow = partial(_networked, maf, hidden_dims, num_layers=num_layers)
         super().__init__(model, flow, **options)
 
 
