@@ -36,7 +36,7 @@ def fit_command(args: argparse.Namespace, output: Output) -> None:
         spec = GuideSpec(args.guide, args.num_layers)
         spec.build(target.model)  # to refuse impossible options before anything else happens
         check_finite_log_joint(target.model, kwargs=data)
-    result = _train(target, data, spec, args)
+    result = _train(target, data, spec, args, num_steps=args.steps)
     file = None if args.data is None else str(args.data.resolve())
     report = _report(target, result, spec, data, args)
     guide: Any = result.guide
@@ -78,9 +78,10 @@ def demo_command(args: argparse.Namespace, output: Output) -> None:
     for kind in ("normal", "iaf"):
         # Rounds would train the normals on for a trust that they cannot earn.
         steps = NORMAL_STEPS if kind == "normal" and args.steps is None else args.steps
-        options = argparse.Namespace(**{**vars(args), "steps": steps})
         # Compiling takes longer than so few steps.
-        fits[kind] = result = _train(target, target.data(), GuideSpec(kind), options, compile=False)
+        fits[kind] = result = _train(
+            target, target.data(), GuideSpec(kind), args, num_steps=steps, compile=False
+        )
         if result.reason == "interrupted":
             raise KeyboardInterrupt
         draws = _Export(result, args).draws
@@ -100,8 +101,9 @@ def _train(
     data: Data,
     spec: GuideSpec,
     args: argparse.Namespace,
-    compile: bool | str = "auto",
+    **options: Any,
 ) -> FitResult:
+    """`fit` with the settings of the command line, and further `options` of it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     # The data are bound: their names may be those of options of `fit`.
@@ -113,14 +115,13 @@ def _train(
             model,
             spec.build(model),
             max_steps=args.max_steps,
-            num_steps=args.steps,
             lr=args.lr,
             num_particles=args.particles,
             checkpoint=checkpoint,
             resume=args.resume,
-            compile=compile,
             seed=args.seed,
             progress=not args.quiet and sys.stderr.isatty(),  # a log would fill with bars
+            **options,
         )
 
 
@@ -206,7 +207,7 @@ def _report(
 
 
 def _kind_of_draws(result: FitResult) -> str:
-    """What `result.sample` draws: "refined" by chains, "reweighted", or those of the "guide"."""
+    """The kind of draws of `result.sample`: "refined" by chains, "reweighted", or those of the "guide"."""
     if result.refined is not None and result.refined.mixed:
         return "refined"
     return "reweighted" if result.importance is not None and result.importance.reliable else "guide"

@@ -62,8 +62,8 @@ class Output:
 def output_in(directory: Path) -> Iterator[Output]:
     """An `Output` in a directory, made if it is new, and removed again where nothing came of it.
 
-    What killed runs left there unfinished is removed. A directory that cannot be written to is bad input, before any
-    work is done.
+    Unfinished files of killed runs are removed. A directory that cannot be written to is bad input, before any work
+    is done.
     """
     with failing_with(2, OSError):
         if directory.exists() and not directory.is_dir():

@@ -68,7 +68,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class NamedRows:
-    """A set by name: `load(num_rows, seed)`, where only what is drawn looks at the two."""
+    """A set by name: `load(num_rows, seed)`. Sets that are not drawn ignore both arguments."""
 
     load: Callable[[int, int], Rows]
     description: str

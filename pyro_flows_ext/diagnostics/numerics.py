@@ -50,7 +50,7 @@ def lipschitz_estimate(transform: FlowTransform, x: Tensor) -> LipschitzEstimate
     """Lower bound: max σ_max(Df) and max 1 / σ_min(Df) over the rows of x, local Lipschitz constants of f and of f⁻¹.
 
     The global constants are suprema over all points; an upper bound needs the family, e.g. `ResidualFlow.lipschitz`.
-    Where f maps a normal distribution to separate parts, one of the two grows without bound as the fit improves, and a
+    For f from a normal distribution to separate parts, one of the two grows without bound as the fit improves, and a
     round trip loses digits: see `round_trip_error`. Cost and modes as in `jacobian_condition_number`.
 
     Args:

@@ -22,6 +22,7 @@ MAX_LABEL = 22
 
 
 def select(flat: dict[str, np.ndarray], names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """The numbers of the named sites or elements, in the order of `names`; raises `ValueError` for an unknown one."""
     if names is None:
         return flat
     chosen: dict[str, np.ndarray] = {}
@@ -34,12 +35,14 @@ def select(flat: dict[str, np.ndarray], names: Sequence[str] | None) -> dict[str
 
 
 def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, whose layout leaves room for its texts."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
 def style_axes(ax: Axes, x_label: str | None, y_label: str | None, *, num_ticks: int) -> None:
+    """Sets labels, ticks and spines; labels of ticks and powers of ten do not overlap."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     for side in ("top", "right"):
@@ -74,6 +77,7 @@ def tint(color: str, strength: float) -> tuple[float, float, float]:
 
 
 def shorten(label: str) -> str:
+    """The label, with an ellipsis in its middle if it is longer than `MAX_LABEL`."""
     if len(label) <= MAX_LABEL:
         return label
     keep = MAX_LABEL // 2

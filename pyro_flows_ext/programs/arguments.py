@@ -78,8 +78,8 @@ def check_finite_log_joint(
 ) -> None:
     """Names the arguments that are NaN or infinite where the log joint is not finite for that reason.
 
-    Values that the model masks (`obs_mask=`, `poutine.mask`) may be NaN: the check looks at draws of the prior, and
-    passes where the log joint of one is finite. Models with finite arguments are not run.
+    Values that the model masks (`obs_mask=`, `poutine.mask`) may be NaN: the check draws from the prior, and
+    passes if the log joint of one draw is finite. Models with finite arguments are not run.
 
     Args:
         model: a Pyro model.

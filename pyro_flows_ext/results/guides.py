@@ -59,7 +59,7 @@ GUIDES = {
 
 @dataclass(frozen=True)
 class GuideSpec:
-    """What it takes to build a guide for a model: its kind and its number of layers.
+    """The kind and the number of layers from which a guide for a model is built.
 
     The kind is one of `GUIDES`, or the name of a class, of which a file holds no more.
     """

@@ -18,7 +18,7 @@ Reference = Callable[[Density, Tensor], Tensor]
 
 
 class DensityOptions(TypedDict, total=False):
-    """What every check of a density takes beside the factory.
+    """Options of every check of a density, beside the factory.
 
     `context_dim`: last dimension of the context of a conditional density. `dtype`: float64 by default. `seed`: 0 by
     default. `scale`: of the perturbation, .7 by default; a stack of layers needs less, and so does a bound, which

@@ -194,7 +194,7 @@ def check_density_device(factory: DensityFactory, **options: Unpack[DensityOptio
     """Point 9: the density moves to another device, and draws, scores and gradients stay there.
 
     On the meta device; again with fake tensors, which compare the devices of all operands; and on a GPU where there is
-    one. Validation is off: it looks at values, and meta tensors have none.
+    one. Validation is off: it reads values, and meta tensors have none.
     """
     with DensityCase(9, "device", factory, **options) as case, pyro.validation_enabled(False):
         context = case.context()

@@ -127,7 +127,7 @@ def refine_density(
 
 
 class _Run:
-    """Chains between two looks at them."""
+    """Chains that advance until a test of them passes or the budget is spent."""
 
     def __init__(
         self,

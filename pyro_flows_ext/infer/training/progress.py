@@ -11,7 +11,7 @@ LINE_SECONDS = 10.0
 
 
 class Reported(Protocol):
-    """What is shown of a state: its phase, its steps, and a line of numbers."""
+    """The displayed parts of a state: its phase, its steps, and a line of numbers."""
 
     phase: str
     step: int

@@ -11,7 +11,7 @@ MAX_BAD_STEPS = 100
 
 
 class StepState(Protocol):
-    """What the loop counts: steps, the last finite loss, and the losses of all steps, NaN where one was skipped."""
+    """The counts of the loop: steps, the last finite loss, and the losses of all steps, NaN where one was skipped."""
 
     step: int
     loss: float

@@ -257,7 +257,7 @@ def advice(
     refined: RefineResult | None,
     findings: Sequence[str],
 ) -> tuple[str, ...]:
-    """What to try next, for a result that is not trusted."""
+    """Next steps for a result that is not trusted."""
     lines = sentences(findings)
     if refined is not None and not refined.mixed:
         lines.append(f"Chains do not mix: {'; '.join(refined.problems)}.")
