@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -27,6 +28,16 @@ def check_settings(lr: float, schedule: str, **counts: float) -> None:
         raise ValueError(
             f'schedule: expected "cosine", "exponential" or "constant", got {schedule!r}'
         )
+
+
+def check_factories(**factories: Any) -> None:
+    """Raises `TypeError` for an optimizer or a scheduler in place of a function that makes one."""
+    for name, value in factories.items():
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{name}: expected a function that makes one, such as partial(torch.optim.Adam, lr=1e-3) or "
+                f"partial(torch.optim.lr_scheduler.StepLR, step_size=100), got a {type(value).__name__}"
+            )
 
 
 def decay(schedule: str, num_steps: int, final: float) -> Callable[[int], float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...distributions import Density
-from .._loop import OptimFactory, SchedulerFactory, check_settings, decay
+from .._loop import OptimFactory, SchedulerFactory, check_factories, check_settings, decay
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         )
     if given["resume"] and given["checkpoint"] is None:
         raise ValueError("resume: expected checkpoint=, the file to go on from")
-    for name in ("optim", "scheduler"):
-        if given[name] is not None and not callable(given[name]):
-            raise TypeError(
-                f"{name}: expected a function that makes one, such as partial(torch.optim.Adam, lr=1e-3) or "
-                f"partial(torch.optim.lr_scheduler.StepLR, step_size=100), got a {type(given[name]).__name__}"
-            )
+    check_factories(optim=given["optim"], scheduler=given["scheduler"])
 
 
 def check_density(density: Any) -> Density:

@@ -31,13 +31,14 @@ from ...programs import (
     unconstrain,
     vectorization_error,
 )
-from .._loop import OptimFactory, check_settings, seeded
+from .._loop import OptimFactory, SchedulerFactory, seeded
 from ..elbo import ImportanceWeightedELBO
 from ..importance import model_first
 from ..warm_start import Mode, whiten_at_posterior
 from .distributed import Processes, find_processes
 from .enlarge import fit_enlarging
 from .objectives import ELBOObjective, Objective, PathObjective
+from .options import options_of
 from .posterior import FlowPosterior, GuidePosterior, Posterior
 from .result import FitResult
 from .rounds import Callback
@@ -63,6 +64,7 @@ def fit(
     num_particles: int | None = None,
     loss: ELBO | None = None,
     optim: OptimFactory | PyroOptim | None = None,
+    scheduler: SchedulerFactory | None = None,
     schedule: str = "cosine",
     final_lr: float = 0.01,
     clip_norm: float | None = 10.0,
@@ -93,6 +95,8 @@ def fit(
             largest joint norm of gradients.
         num_particles, loss: draws a step, None for 64, or 8 one by one; or a Pyro ELBO, which ignores it.
         schedule, final_lr: of `num_steps`: "cosine", "exponential" or "constant", to this share of the rate.
+        scheduler: with `num_steps`: makes a `torch.optim.lr_scheduler` from the optimizer, in place of `schedule`; stepped
+            after every update, or every 50 steps with their mean loss where it goes by it.
         warm_start, refine, compile: True, False or "auto": for guides as their setup left them; where chains find better
             draws; for `num_steps`, where eager steps would take over a minute (docs/compiled.md).
         callback: called with a `TrainingState` after each round and every 50 steps.
@@ -115,7 +119,7 @@ def fit(
     """
     if isinstance(guide, str):
         return _fit_auto(dict(locals()))
-    options = _options(locals())
+    options = options_of(locals())
     with seeded(seed):
         return _fit_one(
             model, guide, args, kwargs, options, loss=loss, warm_start=warm_start, resume=resume
@@ -188,7 +192,7 @@ def _fit_auto(given: dict[str, Any]) -> FitResult:
     """`fit` of `guide="auto"`, from its arguments. Raises `ValueError` for another string and options of a single guide."""
     if given["guide"] != "auto":
         raise ValueError(f'guide: expected a Pyro program or "auto", got {given["guide"]!r}')
-    for name in ("num_steps", "checkpoint", "loss"):
+    for name in ("num_steps", "checkpoint", "loss", "scheduler"):
         if given[name] is not None:
             raise ValueError(
                 f'{name}: expected None with guide="auto"; give a guide, such as AutoIAF'
@@ -197,7 +201,7 @@ def _fit_auto(given: dict[str, Any]) -> FitResult:
         raise ValueError(
             'warm_start: expected "auto" with guide="auto"; give a guide, such as AutoIAF'
         )
-    options = _options(given)
+    options = options_of(given)
     model, args, kwargs, seed = (given[name] for name in ("model", "args", "kwargs", "seed"))
 
     def train(guide: Program, max_steps: int, **how: Any) -> FitResult:
@@ -207,37 +211,6 @@ def _fit_auto(given: dict[str, Any]) -> FitResult:
 
     with seeded(seed):
         return fit_enlarging(train, model, args, kwargs, given["max_steps"])
-
-
-def _options(given: dict[str, Any]) -> Options:
-    """The options of a run from the arguments of `fit`. Raises `ValueError` for those out of range."""
-    _check_options(given)
-    names = {field.name for field in dataclasses.fields(Options)} & given.keys()
-    options = Options(
-        **{name: given[name] for name in names - {"max_steps"}},
-        max_steps=given["max_steps"] if given["num_steps"] is None else given["num_steps"],
-        is_fixed=given["num_steps"] is not None,
-    )
-    if options.checkpoint is not None and options.compile == "auto":
-        # Compiled steps differ from eager ones by rounding, and a resumed run would switch at another step.
-        return dataclasses.replace(options, compile=False)
-    return options
-
-
-def _check_options(given: dict[str, Any]) -> None:
-    for name in ("num_steps", "num_particles"):
-        if given[name] is not None:
-            check_settings(given["lr"], given["schedule"], **{name: given[name]})
-    check_settings(given["lr"], given["schedule"], max_steps=given["max_steps"])
-    for name in ("warm_start", "refine", "compile"):
-        if given[name] not in (True, False, "auto"):
-            raise ValueError(f'{name}: expected True, False or "auto", got {given[name]!r}')
-    if not 0 < given["target_ess"] < 1:
-        raise ValueError(f"target_ess: expected a number in (0, 1), got {given['target_ess']!r}")
-    if given["resume"] and given["checkpoint"] is None:
-        raise ValueError("resume: expected checkpoint=, the file to go on from")
-    if given["checkpoint"] is not None and isinstance(given["optim"], PyroOptim):
-        raise ValueError("optim: expected a torch optimizer for a checkpoint, got a PyroOptim")
 
 
 def _set_up(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

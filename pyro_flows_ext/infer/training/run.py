@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 
 from ...programs import Program, nonfinite_ignored
-from .._loop import OptimFactory, decay, warn_of_skipped
+from .._loop import OptimFactory, SchedulerFactory, decay, warn_of_skipped
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
 from .distributed import Processes
@@ -57,6 +57,7 @@ class Options:
     clip_norm: float | None
     num_particles: int | None
     optim: OptimFactory | PyroOptim | None
+    scheduler: SchedulerFactory | None
     refine: bool | str
     compile: bool | str
     callback: Callback | None
@@ -95,7 +96,12 @@ class Run:
         """Sets what is trained and what checks it."""
         options = self.options
         self.trainer = Trainer(
-            objective, options.optim, options.lr, options.clip_norm, processes=self.processes
+            objective,
+            options.optim,
+            options.lr,
+            options.clip_norm,
+            options.scheduler,
+            self.processes,
         )
         self.best = BestState(self.guide, self.trainer)
         self.check: TrustCheck | None = None
@@ -252,6 +258,8 @@ class Run:
     def _on_step(self) -> None:
         self.in_round += 1
         if self.state.step % CALLBACK_STEPS == 0:
+            recent = torch.tensor(self.state.losses[-CALLBACK_STEPS:], dtype=torch.float64)
+            self.trainer.evaluated(recent.nanmean().item())
             self._call_back()
         self.progress.update(self.state)
         if self.saver.is_due:

@@ -91,6 +91,11 @@ class Trainer:
         if self.optimizer is None:
             self._make_optimizer(new)
         elif new:
+            if self.scheduler is not None:
+                raise ValueError(
+                    f"scheduler: expected all parameters at the first step, got {len(new)} later ones, which it would "
+                    "leave out; use schedule= instead"
+                )
             self.optimizer.add_param_group({"params": new})
             self.base_lrs.append(self.base_lrs[0])
         self._set_rates(rate)

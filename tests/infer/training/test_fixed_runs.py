@@ -1,6 +1,7 @@
 """`fit` with a fixed number of steps: closed forms, reproducibility, steps that go wrong."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -8,6 +9,7 @@ import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from pyro_flows_ext.guides import AutoPlanar, AutoSylvester
 from pyro_flows_ext.infer import fit
@@ -187,3 +189,78 @@ def test_bad_settings(options, message):
 def test_the_progress_bar_shows_the_bound(capsys):
     quick(AutoPlanar(conjugate), num_steps=100, progress=True)
     assert "ELBO -" in capsys.readouterr().err
+
+
+# --- schedulers ---
+
+
+def test_a_scheduler_sets_the_rates():
+    made, rates = [], []
+
+    def scheduler(optimizer):
+        made.append(StepLR(optimizer, step_size=25, gamma=0.5))
+        return made[-1]
+
+    quick(
+        AutoPlanar(conjugate),
+        num_steps=100,
+        lr=0.04,
+        scheduler=scheduler,
+        callback=lambda state: rates.append(made[0].get_last_lr()[0]),
+    )
+    assert rates == pytest.approx([0.01, 0.0025])
+
+
+def test_a_scheduler_that_goes_by_the_loss_gets_it_every_fifty_steps():
+    made = []
+
+    def scheduler(optimizer):
+        made.append(ReduceLROnPlateau(optimizer, factor=0.5, patience=0))
+        return made[-1]
+
+    result = quick(AutoPlanar(conjugate), num_steps=150, scheduler=scheduler)
+    assert made[0].last_epoch == 3
+    means = [result.losses[i : i + 50].mean().item() for i in (0, 50, 100)]
+    assert made[0].best == pytest.approx(min(means))
+
+
+def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path):
+    def run(stop_at, **options):
+        def callback(state):
+            if state.step == stop_at:
+                raise KeyboardInterrupt
+
+        pyro.clear_param_store()
+        return quick(
+            AutoPlanar(conjugate),
+            num_steps=150,
+            scheduler=partial(OneCycleLR, max_lr=0.1, total_steps=151),
+            checkpoint=tmp_path / "run.ckpt",
+            callback=callback,
+            **options,
+        )
+
+    expected = run(None).losses
+    (tmp_path / "run.ckpt").unlink()
+    assert run(50).reason == "interrupted"
+    torch.testing.assert_close(run(None, resume=True).losses, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": None}, "scheduler: expected num_steps= beside it"),
+        ({"optim": pyro.optim.Adam({"lr": 0.01})}, "got a PyroOptim"),
+        ({"compile": True}, "scheduler: expected eager steps"),
+    ],
+    ids=["rounds", "PyroOptim", "compiled"],
+)
+def test_a_scheduler_that_would_not_count_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        quick(AutoPlanar(conjugate), scheduler=partial(StepLR, step_size=5), **options)
+
+
+def test_a_scheduler_in_place_of_a_function_is_refused():
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"scheduler: expected a function .*got a StepLR"):
+        quick(AutoPlanar(conjugate), scheduler=StepLR(optimizer, 10))
