@@ -66,12 +66,14 @@ def train(data: Tensor, weight: float, options: argparse.Namespace, seed: int) -
 
 
 def principal_components(data: Tensor, test: Tensor) -> Tensor:
-    """The mean squared error of the test images from their first 1 to 64 principal components."""
+    """The mean squared error of the test images from their first 1 to D principal components."""
     mean = data.flatten(1).mean(0)
     _, _, axes = torch.linalg.svd(data.flatten(1) - mean, full_matrices=False)
     centred = test.flatten(1) - mean
     codes = centred @ axes.T
-    return torch.stack([(centred - codes[:, :k] @ axes[:k]).square().mean() for k in range(1, 65)])
+    return torch.stack(
+        [(centred - codes[:, :k] @ axes[:k]).square().mean() for k in range(1, len(axes) + 1)]
+    )
 
 
 def draw(curves: dict[str, Tensor], flows: dict[str, NestedDropoutFlow], test: Tensor) -> Figure:
