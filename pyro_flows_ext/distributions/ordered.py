@@ -104,14 +104,17 @@ class NestedDropoutFlow(FlowDistribution):
             chunk_size: rows at a time.
 
         Returns:
-            `(len(ks))`.
+            `(len(ks))`. Cost: one inverse pass, and a forward pass for each k.
         """
+        self._check_value(x)
         ks = range(1, len(self.order) + 1) if ks is None else ks
-        errors = [
-            [(self.reconstruct(rows, k) - rows).square().sum() for k in ks]
-            for rows in x.split(chunk_size)
-        ]
-        return torch.stack([torch.stack(row) for row in errors]).sum(0) / x.numel()
+        transform = self._at_batch()[1]
+        errors = []
+        for rows in x.split(chunk_size):
+            z = transform.inv(rows)
+            error = [(transform(self._keep(z, k)) - rows).square().sum() for k in ks]
+            errors.append(torch.stack(error))
+        return torch.stack(errors).sum(0) / x.numel()
 
     @torch.no_grad()
     def sample_truncated(self, k: int, sample_shape: Any = ()) -> Tensor:

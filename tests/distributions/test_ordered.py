@@ -105,6 +105,12 @@ def test_curve_is_the_mean_squared_error():
     torch.testing.assert_close(flow.reconstruction_curve(x, [2]), expected[1:2])
 
 
+def test_curve_inverts_each_chunk_once(passes):
+    flow, x = make(), data()
+    flow.reconstruction_curve(x, [1, 2], chunk_size=10)
+    assert passes == {"forward_and_ladj": 4, "inverse_and_ladj": 2}
+
+
 def test_indices_are_geometric_from_one_and_cut_at_the_dimension():
     flow = make(index_prob=0.4)
     k = flow.sample_index((100_000,))
