@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.fused import may_fuse
 from ..ops.perceptron import is_worthwhile, perceptron
 from .mlp import check_context, known_activation
+from .substitution import Solve, substitute
+
+# Parameters of one variable in all rows below which substitution, which calls torch some ten times for each variable, takes
+# longer than passes over all variables at once.
+MIN_PARAMS = 512
 
 
 class MADE(nn.Module):
@@ -67,10 +75,15 @@ class MADE(nn.Module):
         lowest = 0 if context_dim or D == 1 else 1
         layers: list[MaskedLinear] = []
         degrees = position + 1
+        # For the input and every layer, how many units are known before step k, by which k - 1 variables or more are used.
+        self._begins = [[0, *range(D)]]
         for width in hidden_dims:
-            next_degrees = lowest + torch.arange(width) * (D - lowest) // width
+            spread = [lowest + j * (D - lowest) // width for j in range(width)]
+            self._begins.append([0, *(bisect_right(spread, k) for k in range(D))])
+            next_degrees = torch.tensor(spread)
             layers.append(MaskedLinear(degrees, next_degrees))
             degrees = next_degrees
+        self._begins.append([num_params * k for k in range(D + 1)])
         layers.append(MaskedLinear(degrees, position.repeat(num_params)))
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
@@ -111,6 +124,58 @@ class MADE(nn.Module):
 
         return run
 
+    def substitute(
+        self, y: Tensor, solve: Solve, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns x with x_i = solve(y_i, θ_i) for θ_i of the x before i, and Σ log-slopes, in half a pass of the network.
+
+        Args:
+            y: `(*, D)`.
+            solve: y `(R)`, θ `(P, R)` -> x and a log-slope `(R)`, for R rows of one variable.
+            context: `(*, C)`, broadcast against y.
+
+        Returns:
+            x `(*, D)` and the sum `(*)`, without a graph. None for few rows, on devices other than CPUs, under `torch.func`
+            and autocast, and with other activations than ReLU, tanh and sigmoid: passes over all variables do there.
+        """
+        check_context(context, self.context_dim)
+        batch = y.shape[:-1]
+        if context is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        activation = known_activation(self.activation)
+        weights: list[Any] = [layer.weight for layer in self.layers]
+        biases: list[Any] = [layer.bias for layer in self.layers]
+        if (
+            activation is None
+            or batch.numel() * self.num_params < MIN_PARAMS
+            or y.device.type != "cpu"
+            or not may_fuse(y, *weights, *([] if context is None else [context]))
+        ):
+            return None
+        with torch.no_grad():
+            if context is not None:
+                shift = F.linear(context, self.context_layer.weight, biases[0])  # type: ignore[union-attr]
+                biases[0] = _columns(shift, batch) if shift.dim() > 1 else shift
+            biases = [bias.unsqueeze(-1) if bias.dim() == 1 else bias for bias in biases]
+            weights[0] = weights[0].index_select(1, self.order)
+            weights[-1], biases[-1] = map(self._by_variable, (weights[-1], biases[-1]))
+            x, total = substitute(
+                _columns(y, batch).index_select(0, self.order),
+                weights,
+                biases,
+                self._begins,
+                activation.apply_,
+                solve,
+                residual=self.residual,
+            )
+            x = x.index_select(0, self.order.argsort()).t().reshape(*batch, -1)
+        return x, total.reshape(batch)
+
+    def _by_variable(self, rows: Tensor) -> Tensor:
+        """Rows by parameter and then by variable, put in the order of the variables and then by parameter."""
+        rows = rows.unflatten(0, (self.num_params, -1)).index_select(1, self.order)
+        return rows.transpose(0, 1).flatten(0, 1)
+
     def _masked(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of every layer."""
         return [(layer.masked_weight(), layer.bias) for layer in self.layers]  # type: ignore[misc, operator]
@@ -132,3 +197,8 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.masked_weight(), self.bias)
+
+
+def _columns(t: Tensor, batch: torch.Size) -> Tensor:
+    """t `(*, n)` with a batch that broadcasts against `batch`, as `(n, R)`."""
+    return t.expand(*batch, -1).reshape(-1, t.shape[-1]).t().contiguous()

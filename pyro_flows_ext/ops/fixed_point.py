@@ -17,7 +17,12 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 TOLERANCE = 16
 
 
-def triangular_fixed_point(step: Step, start: Tensor, max_sweeps: int) -> tuple[Tensor, Tensor]:
+def triangular_fixed_point(
+    step: Step,
+    start: Tensor,
+    max_sweeps: int,
+    substitute: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Returns the x with g(x) = x, for g(x)_i that depends only on the x_j before i in some order, and aux there.
 
     The sweeps x <- g(x) leave the first k variables exact after k of them, so that D sweeps are always enough; they end
@@ -32,6 +37,8 @@ def triangular_fixed_point(step: Step, start: Tensor, max_sweeps: int) -> tuple[
             variable either.
         start: any values, `(*, D)`; it may have fewer batch dimensions than g(x).
         max_sweeps: D.
+        substitute: returns x and aux found in another way, without a graph, or None. It takes the place of the sweeps where
+            what it finds is finite.
 
     Returns:
         x and aux, differentiable in all that `step` closes over. The gradient has no derivative: take second ones with
@@ -57,18 +64,29 @@ def triangular_fixed_point(step: Step, start: Tensor, max_sweeps: int) -> tuple[
 
     needs_graph = x.requires_grad or aux.requires_grad
     with torch.no_grad():
-        tolerance = TOLERANCE * torch.finfo(x.dtype).eps
-        root = _finite(x)
-        for _ in range(max_sweeps - 1):
-            x, aux = step(root)
-            last, root = root, _finite(x)
-            if bool(((root - last).abs() <= tolerance * (1 + root.abs())).all()):
-                break
+        found = None if substitute is None else substitute()
+        if found is not None and bool(found[0].isfinite().all()):
+            x, aux = found
+            root = x
+        else:
+            x, aux, root = _swept(step, x, max_sweeps)
     if not needs_graph:
         return x, aux
     root = root.detach().requires_grad_()
     x, aux = step(root)
     return _ImplicitGradient.apply(root, x, aux, max_sweeps)
+
+
+def _swept(step: Step, x: Tensor, max_sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x and aux from the last of the sweeps that begin with x, and what that sweep began with, finite."""
+    tolerance = TOLERANCE * torch.finfo(x.dtype).eps
+    root = _finite(x)
+    for _ in range(max_sweeps - 1):
+        x, aux = step(root)
+        last, root = root, _finite(x)
+        if bool(((root - last).abs() <= tolerance * (1 + root.abs())).all()):
+            break
+    return x, aux, root
 
 
 def _finite(x: Tensor) -> Tensor:

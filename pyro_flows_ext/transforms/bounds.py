@@ -42,7 +42,8 @@ def bounded_affine(
     """y = shift + eˢ x, or its inverse, and the elementwise log-derivative ±s, with s = c tanh(raw / c), c = log 1000."""
     s = bounded(raw, MAX_LOG_SCALE)
     if inverse:
-        return (x - shift) * (-s).exp(), -s
+        s = -s
+        return (x - shift) * s.exp(), s
     return torch.addcmul(shift, x, s.exp()), s
 
 

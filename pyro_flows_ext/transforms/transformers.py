@@ -35,6 +35,8 @@ class Transformer(ABC):
     num_params: int
     # What x and y are; the elements that a coupling passes are of the same kind.
     domain: Any = constraints.real
+    # Whether g is one map for all elements, so that they can be passed in any arrangement.
+    is_uniform = False
 
     @abstractmethod
     def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +73,7 @@ class Additive(Transformer):
     """
 
     num_params = 1
+    is_uniform = True
 
     def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         y = x + theta.squeeze(-2)
@@ -89,6 +92,7 @@ class Affine(Transformer):
     """
 
     num_params = 2
+    is_uniform = True
 
     def forward(self, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         if theta.numel() >= fused.MIN_NUMEL:
@@ -122,6 +126,8 @@ class RationalQuadratic(Transformer):
     References:
         Durkan, Bekasov, Murray & Papamakarios 2019, Neural Spline Flows.
     """
+
+    is_uniform = True
 
     def __init__(self, num_bins: int = 8, bound: float = 5.0):
         self.num_bins = check_positive("num_bins", num_bins)
@@ -165,6 +171,7 @@ class CircularSpline(Transformer):
     """
 
     domain = CIRCLE
+    is_uniform = True
 
     def __init__(self, num_bins: int = 8):
         self.num_bins = check_positive("num_bins", num_bins)

@@ -123,7 +123,7 @@ def sweeps(monkeypatch):
     """A list that grows by one with every sweep of an inverse."""
     counts, solve = [], autoregressive.triangular_fixed_point
 
-    def counted(step, start, max_sweeps):
+    def counted(step, start, max_sweeps, substitute):
         def run(x):
             counts.append(tuple(x.shape))
             return step(x)
