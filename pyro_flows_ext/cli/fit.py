@@ -84,15 +84,18 @@ def demo_command(args: argparse.Namespace, output: Output) -> None:
         )
         if result.reason == "interrupted":
             raise KeyboardInterrupt
+    print_comparison(target, fits, ("mu", "tau"))
+    print(
+        "mean ± sd: of the draws that fit returns where it trusts them, else of the guide's own; the reference is 10,000 "
+        "draws of NUTS (posteriordb); k-hat, ESS (draws of the posterior per draw) and ELBO: of the guide",
+        flush=True,
+    )
+    # The table first: pictures import more than the fits take.
+    for kind, result in fits.items():
         draws = _Export(result, args).draws
         output.add(f"posterior-{kind}.png", partial(_posterior_png, result, draws))
         if result.losses.isfinite().any():
             output.add(f"loss-{kind}.png", partial(_loss_png, result))
-    print_comparison(target, fits, ("mu", "tau"))
-    print(
-        "mean ± sd of each guide's own draws; the reference is 10,000 draws of NUTS (posteriordb); ESS in draws of the "
-        "posterior per draw"
-    )
     print(f"wrote pictures to {args.output}")
 
 
@@ -266,24 +269,30 @@ def print_fit(
 def print_comparison(
     target: Target, fits: Mapping[str, FitResult], parameters: Sequence[str]
 ) -> None:
-    """One row a guide, below the reference: the guide's own draws (mean ± sd), k-hat, ESS, ELBO and time."""
+    """One row a guide, below the reference: mean ± sd, the verdict, k-hat, ESS, ELBO and time."""
     reference = target.reference or {}
-    rows = [["reference", *(mean_and_sd(*reference[p]) for p in parameters), *4 * [""]]]
+    rows = [["reference", *(mean_and_sd(*reference[p]) for p in parameters), *5 * [""]]]
     for name, result in fits.items():
         weights = result.importance
-        draws = result.sample(4000, raw=True) if weights is None else weights.samples
+        if result.trusted or weights is None:
+            draws = result.sample(4000, raw=not result.trusted)
+        else:
+            draws = weights.samples
         by_name = {row.parameter: row for row in summary(draws)}
         rows.append(
             [
                 name,
                 *(mean_and_sd(by_name[p].mean, by_name[p].sd) for p in parameters),
+                "yes" if result.trusted else "no",
                 "" if weights is None else f"{weights.k_hat:.2f}",
                 "" if weights is None else f"{weights.efficiency:.0%}",
                 f"{result.elbo:.2f} ± {result.elbo_se:.2f}",
                 f"{result.seconds:.0f} s",
             ]
         )
-    print_table(target.name, "guide", [*parameters, "k-hat", "ESS", "ELBO", "time"], rows)
+    print_table(
+        target.name, "guide", [*parameters, "trusted", "k-hat", "ESS", "ELBO", "time"], rows
+    )
 
 
 def _print_levels(data: Data) -> None:

@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 from typing_extensions import Self
 
+from ..ops import broadcast_shapes
 from ..transforms import ComposeFlow, FlowTransform, Standardize
 from ..transforms.base import forget_param_store
 from .tensors import map_tensors
@@ -208,7 +209,7 @@ class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
             raise ValueError(
                 f"value: expected a batch shape that broadcasts against {tuple(self.batch_shape)}, got {tuple(rows)}"
             )
-        return torch.broadcast_shapes(rows, self.batch_shape)
+        return broadcast_shapes(rows, self.batch_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -9,6 +9,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from ..ops import broadcast_shapes
+
 CIRCLE = constraints.interval(-math.pi, math.pi)
 
 
@@ -45,5 +47,5 @@ class UniformAngles(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """-D log 2π: `(*, D)` -> `(*)`."""
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        shape = broadcast_shapes(value.shape[:-1], self.batch_shape)
         return value.new_full(shape, -len(self.zero) * math.log(2 * math.pi))

@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Self
 
-from ..ops import check_context_dim, check_event, check_positive
+from ..ops import broadcast_shapes, check_context_dim, check_event, check_positive
 from ..transforms import FlowTransform
 from ._bound import BoundedDensity
 from .indexed_layer import Index, IndexedLayer
@@ -119,7 +119,7 @@ class ContinuouslyIndexedFlow(BoundedDensity, TransformedDensity):
             return super().condition(context)
         check_event("context", context, self.context_dim)
         context = self._context_to_layers(context)
-        batch = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
+        batch = broadcast_shapes(self.batch_shape, context.shape[:-1])
         return self._view(batch, context=context, context_dim=0)
 
     # --- the distribution ---
@@ -221,7 +221,7 @@ class _GivenIndices(TorchDistribution):
 
     def __init__(self, flow: ContinuouslyIndexedFlow, indices: Sequence[Tensor]):
         self.flow, self.indices = flow, indices
-        batch = torch.broadcast_shapes(*(self._batch_of(u) for u in indices))
+        batch = broadcast_shapes(*(self._batch_of(u) for u in indices))
         super().__init__(batch, flow.event_shape, validate_args=False)
 
     @property
@@ -243,7 +243,7 @@ class _GivenIndices(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         cut = value.dim() - len(self.event_shape)
-        batch: Size = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+        batch: Size = broadcast_shapes(value.shape[:cut], self.batch_shape)
         indices = self._expanded(batch)
         log_p, _ = self.flow._pull(value.expand(batch + self.event_shape), indices)
         dims = self._index_dims

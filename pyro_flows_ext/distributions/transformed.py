@@ -9,6 +9,7 @@ from pyro.distributions import Independent
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
+from ..ops import broadcast_shapes
 from ..transforms import Standardize
 from .base import Density, is_real
 from .tensors import map_tensors
@@ -89,7 +90,7 @@ def log_prob_anywhere(base: Distribution, z: Tensor) -> Tensor:
     """log p(z) for any z: -inf outside of the support, where torch's distributions raise or return NaN."""
     if not z.numel():  # torch cannot sum a tensor without elements over the event
         batch = z.shape[: z.dim() - len(base.event_shape)]
-        return z.new_zeros(torch.broadcast_shapes(batch, base.batch_shape))
+        return z.new_zeros(broadcast_shapes(batch, base.batch_shape))
     support: Any = base.support
     if is_real(support):
         return base.log_prob(z)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import broadcast_shapes
+
 
 class ResidualConvNet(nn.Module):
     """A residual network `(*, in_channels, H, W) -> (*, out_channels, H, W)`, for any H and W, padded with zeros.
@@ -121,6 +123,6 @@ def convnet(
 
 def join_channels(x: Tensor, context: Tensor) -> Tensor:
     """x `(*, D, H, W)` and context `(*, C)`, broadcast and joined as constant channels: `(*, D + C, H, W)`."""
-    batch = torch.broadcast_shapes(x.shape[:-3], context.shape[:-1])
+    batch = broadcast_shapes(x.shape[:-3], context.shape[:-1])
     constant = context[..., None, None].expand(*batch, -1, *x.shape[-2:])
     return torch.cat([x.expand(*batch, -1, -1, -1), constant], -3)

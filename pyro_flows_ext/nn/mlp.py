@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import fused
+from ..ops import broadcast_shapes, fused
 from ..ops.perceptron import RELU, SIGMOID, TANH, Activation, is_worthwhile, perceptron
 
 
@@ -141,7 +141,7 @@ def _has_hooks(module: Any) -> bool:
 
 def join_context(x: Tensor, context: Tensor) -> Tensor:
     """x `(*, D)` and context `(*, C)`, broadcast and joined: `(*, D + C)`."""
-    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    batch = broadcast_shapes(x.shape[:-1], context.shape[:-1])
     return torch.cat([x.expand(*batch, -1), context.expand(*batch, -1)], -1)
 
 

@@ -15,6 +15,7 @@ from .contraction import anderson, contraction_inverse
 from .fixed_point import triangular_fixed_point
 from .linalg import householder_columns, matvec, orthonormal_columns, turned_columns
 from .roots import increasing_root, may_branch_on, monotone_root, tanh_root, triangular_tanh_root
+from .shapes import broadcast_shapes
 from .spectral import conv_norm_bound, spectral_norm_bound
 from .splines import rq_spline
 from .stats import effective_sample_size, pareto_smooth, quantiles
@@ -34,6 +35,7 @@ __all__ = [
     "Opaque",
     "Product",
     "anderson",
+    "broadcast_shapes",
     "bulk_ess",
     "check_context_dim",
     "check_event",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .rational_quadratic import MIN_BIN, backwards, end_slopes, forwards
+from .shapes import broadcast_shapes
 from .splines import knots_of
 
 
@@ -43,7 +44,7 @@ def circular_rq_spline(x: Tensor, raw: Tensor, *, inverse: bool = False) -> tupl
         raise ValueError(
             f"raw: expected shape (*, 3K + 1) for K bins, 1 <= K < {round(1 / MIN_BIN)}, got {tuple(raw.shape)}"
         )
-    x = x.expand(torch.broadcast_shapes(x.shape, raw.shape[:-1]))
+    x = x.expand(broadcast_shapes(x.shape, raw.shape[:-1]))
     raw = raw[(None,) * (x.dim() + 1 - raw.dim())]
     spline, end, turn = raw.split([3 * K - 1, 1, 1], -1)
     knots, slopes = knots_of(spline, K, math.pi)

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import fused
 from .fused_splines import fused_rq_spline
 from .rational_quadratic import BIN_SCALE, MIN_BIN, backwards, end_slopes, forwards
+from .shapes import broadcast_shapes
 
 
 def rq_spline(
@@ -51,7 +52,7 @@ def by_autograd(
     x: Tensor, raw: Tensor, num_bins: int, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """`rq_spline` by operations that autograd differentiates, to any order."""
-    x = x.expand(torch.broadcast_shapes(x.shape, raw.shape[:-1]))
+    x = x.expand(broadcast_shapes(x.shape, raw.shape[:-1]))
     raw = raw[(None,) * (x.dim() + 1 - raw.dim())]
     knots, raw_slopes = knots_of(raw, num_bins, bound)
 

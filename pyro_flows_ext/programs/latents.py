@@ -57,7 +57,8 @@ def read_latent(name: str, site: Mapping[str, Any]) -> Latent:
     fn, value = site["fn"], site["value"]
     support = true_support(name, fn)
     try:
-        shape = bijection(support).inverse_shape(value.shape)
+        # `inverse_shape` of torch's affine transforms imports sympy.
+        shape = bijection(support).inv(value).shape
     except (
         NotImplementedError
     ):  # discrete, or on a sphere: a latent that only its own guide can draw

@@ -13,7 +13,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..ops import check_event, check_same_dtype
+from ..ops import broadcast_shapes, check_event, check_same_dtype
 from .cache import UNSAVED, PassCache, find_state
 from .context import ContextModule
 from .scores import by_jacobian, residual
@@ -158,7 +158,7 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
                 f"{type(self).__name__}: expected {event_dim} event dimensions, got shape {tuple(shape)}"
             )
         try:
-            batch = torch.broadcast_shapes(tuple(shape[:cut]), self.batch_shape)
+            batch = broadcast_shapes(tuple(shape[:cut]), self.batch_shape)
         except RuntimeError:
             raise ValueError(
                 f"{type(self).__name__}: expected a batch that broadcasts against {tuple(self.batch_shape)}, the batch "

@@ -11,6 +11,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..ops import broadcast_shapes
 from .base import FlowTransform, InverseFlow
 from .context import common_context_dim
 
@@ -109,7 +110,7 @@ class ComposeFlow(FlowTransform):
 
     def _find_batch_shape(self, parts: Sequence[FlowTransform]) -> torch.Size:
         shapes = (part.batch_shape for part in parts)
-        return torch.broadcast_shapes(
+        return broadcast_shapes(
             *(s[: max(0, len(s) - n)] for s, n in zip(shapes, self._outer_dims, strict=True))
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..nn import HyperNetwork
-from ..ops import check_context_dim, check_event, check_same_dtype
+from ..ops import broadcast_shapes, check_context_dim, check_event, check_same_dtype
 from .cache import UNSAVED
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class ContextModule(nn.Module):
                     f"{name}: expected shape (*, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}"
                 )
             batch_shapes.append(tensor.shape[:cut])
-        view = self._view(torch.broadcast_shapes(*batch_shapes), *tensors.values())
+        view = self._view(broadcast_shapes(*batch_shapes), *tensors.values())
         view.__dict__["_parameters"] = {
             k: v for k, v in self._parameters.items() if k not in tensors
         }

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from pyro.distributions import constraints
-from torch import Tensor, broadcast_shapes, nn
+from torch import Tensor, nn
 
 from ..nn import MLP
 from ..nn.convnet import convnet, join_channels
 from ..nn.mlp import join_context
-from ..ops import check_context_dim, read_event_shape
+from ..ops import broadcast_shapes, check_context_dim, read_event_shape
 from ._split import make_split
 from .base import IMAGE, FlowTransform
 from .masks import Mask

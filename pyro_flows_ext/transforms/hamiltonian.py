@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import check_context_dim, check_positive
+from ..ops import broadcast_shapes, check_context_dim, check_positive
 from .base import FlowTransform
 
 Potential = Callable[..., Tensor]
@@ -133,7 +133,7 @@ class Leapfrog(FlowTransform):
     def _start(self, name: str, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
         """∇U at this context, position and momentum, over the batch that x, parameters and context broadcast to."""
         self._check_input(name, x)
-        batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
+        batch = broadcast_shapes(x.shape[:-1], self.batch_shape)
         context = () if self.context is None else (self.context.expand(*batch, -1),)
 
         def energy(z: Tensor) -> Tensor:

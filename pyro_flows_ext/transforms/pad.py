@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..ops import check_event_dim, check_positive
+from ..ops import broadcast_shapes, check_event_dim, check_positive
 
 
 class Pad:
@@ -78,13 +78,13 @@ class Pad:
             raise ValueError(
                 f"distribution: expected event_shape {tuple(event)}, got {tuple(distribution.event_shape)}"
             )
-        q = distribution.expand(torch.broadcast_shapes(batch, distribution.batch_shape))
+        q = distribution.expand(broadcast_shapes(batch, distribution.batch_shape))
         noise = q.rsample() if noise is None else noise
         if noise.shape[-self.event_dim :] != event:
             raise ValueError(
                 f"noise: expected shape (*, {', '.join(map(str, event))}), got {tuple(noise.shape)}"
             )
-        batch = torch.broadcast_shapes(q.batch_shape, noise.shape[: -self.event_dim])
+        batch = broadcast_shapes(q.batch_shape, noise.shape[: -self.event_dim])
         x = x.expand(batch + x.shape[-self.event_dim :])
         noise = noise.expand(batch + event)
         return torch.cat([x, noise], -self.event_dim), q.log_prob(noise)

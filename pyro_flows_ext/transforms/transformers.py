@@ -10,7 +10,14 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from ..ops import check_positive, circular_rq_spline, fused, increasing_root, rq_spline
+from ..ops import (
+    broadcast_shapes,
+    check_positive,
+    circular_rq_spline,
+    fused,
+    increasing_root,
+    rq_spline,
+)
 from .bounds import bounded_affine, bounded_affine_by
 
 
@@ -57,7 +64,7 @@ class Transformer(ABC):
             value, log_slope = self.forward(x, theta)
             return value - y, log_slope.exp()
 
-        batch = torch.broadcast_shapes(y.shape[:-1], theta.shape[:-2])
+        batch = broadcast_shapes(y.shape[:-1], theta.shape[:-2])
         x = increasing_root(equation, y.expand(*batch, -1))
         return x, -self.forward(x, theta)[1]
 

@@ -14,6 +14,7 @@ import torch
 from pyro.optim.clipped_adam import ClippedAdam as PyroClippedAdam
 from torch import Tensor
 
+from .._adam import Adam as LightAdam
 from .unsupported import UnsupportedForCompilation
 
 Group = Mapping[str, Any]
@@ -172,6 +173,7 @@ def _decayed(g: Tensor, p: Tensor, group: Group) -> Tensor:
 _RULES: dict[type, Rule] = {
     torch.optim.SGD: SGD(),
     torch.optim.Adam: Adam(),
+    LightAdam: Adam(),
     torch.optim.AdamW: Adam(decoupled=True),
     torch.optim.Adagrad: Adagrad(),
     torch.optim.Adamax: Adamax(),

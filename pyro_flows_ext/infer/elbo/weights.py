@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...distributions import check_guide_site
+from ...ops import broadcast_shapes
 from ...programs import PARTICLES, is_delta
 
 Plate = tuple[str, int | None]  # name and dimension; None for a plate that is a loop
@@ -266,7 +267,7 @@ def _grouped(
             kept = [[t for t in terms if not t.is_cut] for terms in group]
             rest = _stack(kept, plates or (), shape)
         if isinstance(scale, Tensor) and (
-            torch.broadcast_shapes(scale.shape, log_w.shape[2:]) != log_w.shape[2:]
+            broadcast_shapes(scale.shape, log_w.shape[2:]) != log_w.shape[2:]
         ):
             raise ValueError(
                 f"scale of shape {tuple(scale.shape)} differs within a datum: the data with weights of their own have "

@@ -82,10 +82,8 @@ class PulledBack:
             safe = torch.where(rows.isfinite().all(-1, keepdim=True), rows, 0.0)
             value, gradient = self._value_and_gradient(safe)
             ladj = ladj.expand(z.shape[:-1])
-            outputs, weights = [u], [gradient.to(u)]
-            if ladj.requires_grad:
-                outputs, weights = [u, ladj], [gradient.to(u), torch.ones_like(ladj)]
-            (pulled,) = torch.autograd.grad(outputs, z, weights)
+            # As one number: `grad_outputs` imports sympy.
+            (pulled,) = torch.autograd.grad((u * gradient.to(u)).sum() + ladj.sum(), z)
         log_density = value.to(z) + ladj.detach()
         finite = log_density.isfinite() & pulled.isfinite().all(-1)
         finite = finite & usable.squeeze(-1) & rows.isfinite().all(-1)

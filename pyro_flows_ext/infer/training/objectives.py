@@ -75,7 +75,7 @@ class PathObjective:
         finite = finite & gradients[0].isfinite().all(-1)
         share = finite.to(log_q) / finite.sum().clamp(min=1)
         signal = torch.where(finite.unsqueeze(-1), gradients[0] - score_q, 0.0)
-        live.backward(-signal * share.unsqueeze(-1))
+        (live * (-signal * share.unsqueeze(-1))).sum().backward()
         for p, g in zip(own, gradients[1:], strict=True):
             if g is not None:
                 p.grad = (0.0 if p.grad is None else p.grad) - g / self.num_particles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 # Compiling pays where, judged after AUTO_STEPS eager steps, those that are left would take AUTO_SECONDS.
@@ -14,14 +15,17 @@ class Timing:
 
     def __init__(self, num_steps: int, when: bool | str):
         self.num_steps, self.when = num_steps, when
-        self.start, self.is_over = 0.0, when is False
+        self.last, self.fastest, self.is_over = 0.0, math.inf, when is False
 
     def is_due(self, updates: int) -> bool:
         """Whether to compile after this number of eager updates, the first of which makes the optimizer's state."""
         if self.is_over or updates == 0:
             return False
-        if updates == 1:
-            self.start = time.perf_counter()
-        left = (time.perf_counter() - self.start) / (AUTO_STEPS - 1) * (self.num_steps - AUTO_STEPS)
+        now = time.perf_counter()
+        if updates > 1:
+            # The fastest step: others include imports and first allocations, or the work of other processes.
+            self.fastest = min(self.fastest, now - self.last)
+        self.last = now
         self.is_over = self.when is True or updates == AUTO_STEPS
+        left = self.fastest * (self.num_steps - AUTO_STEPS)
         return self.is_over and (self.when is True or left >= AUTO_SECONDS)

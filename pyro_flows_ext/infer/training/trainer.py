@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from .._adam import Adam
 from .._loop import OptimFactory, SchedulerFactory
 from ..compiled import CompiledTraining, UnsupportedForCompilation
 from .distributed import Processes
@@ -44,7 +45,9 @@ class Trainer:
         self.processes = Processes() if processes is None else processes
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.pyro_optim = optim if isinstance(optim, PyroOptim) else None
-        self.factory: OptimFactory = _adam(lr) if optim is None or self.pyro_optim else optim  # type: ignore[assignment]
+        self.factory: OptimFactory = partial(Adam, lr=lr)
+        if optim is not None and not isinstance(optim, PyroOptim):
+            self.factory = optim
         self.optimizer: torch.optim.Optimizer | None = None
         self.make_scheduler = scheduler
         self.scheduler: LRScheduler | None = None
@@ -183,10 +186,3 @@ class Trainer:
         except UnsupportedForCompilation as unsupported:
             if timing.when is True:
                 warnings.warn(f"fit takes eager steps: {unsupported}", stacklevel=5)
-
-
-def _adam(lr: float) -> OptimFactory:
-    def factory(params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(params, lr=lr)
-
-    return factory

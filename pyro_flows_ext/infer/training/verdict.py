@@ -129,6 +129,7 @@ class TrustCheck:
         longer = refine_density(
             target,
             start,
+            num_chains=len(self.refined.chains.u),
             max_gradients=MAX_GRADIENTS,
             target_ess=MORE_DRAWS * self.refined.min_ess,
             previous=self.refined,

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .._adam import Adam
 from .climb import ValueAndGradient
 from .gaussian import DenseGaussian, Gaussian
 
@@ -45,7 +46,7 @@ def stochastic_gradient(
     parameters = [m, log_s, T] if full_rank else [m, log_s]
     for p in parameters:
         p.requires_grad_()
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, 0.01 * lr)
     for _ in range(num_steps):
         noise = torch.randn(num_draws, D).to(m)
@@ -61,8 +62,9 @@ def stochastic_gradient(
             else noise / s.detach()
         )
         weight = value.isfinite().to(m) / num_draws
-        optimizer.zero_grad()
-        w.backward(-path * weight.unsqueeze(-1))
+        for p in parameters:
+            p.grad = None
+        (w * (-path * weight.unsqueeze(-1))).sum().backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         schedule.step()
