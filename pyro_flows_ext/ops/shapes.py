@@ -13,7 +13,10 @@ def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     Raises:
         RuntimeError: where the shapes do not broadcast, as torch's.
     """
-    result: list[int] = [1] * max((len(shape) for shape in shapes), default=0)
+    length = 0
+    for shape in shapes:
+        length = max(length, len(shape))
+    result: list[int] = [1] * length
     for shape in shapes:
         offset = len(result) - len(shape)
         for i, size in enumerate(shape, offset):
