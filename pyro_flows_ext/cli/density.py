@@ -182,7 +182,7 @@ def _density(rows: Rows, args: argparse.Namespace) -> Density:
         return density
     if rows.context is not None:
         raise ValueError(
-            "--dequantize: expected no --context, which densities of whole numbers lack"
+            "--dequantize: expected no --context; in Python, fit_density(Dequantized(flow), rows, context) trains such a density"
         )
     if num_levels is None:
         if not ((rows.values == rows.values.round()) & (rows.values >= 0)).all():

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..nn import MLP
-from ..ops import check_positive
+from ..ops import broadcast_shapes, check_positive
 from ..transforms import LogitPreprocess
 from ._bound import BoundedDensity
 from .base import Density
@@ -30,7 +31,7 @@ class Dequantized(BoundedDensity):
     the customary unit. `sample` returns whole numbers. Cost: a pass of the flow.
 
     Args:
-        flow: the density p, of vectors or images of real numbers.
+        flow: the density p, of vectors or images of real numbers. One with a context gives P(x | context); q has none.
         kind: q(u | x): "uniform"; or "variational", u = sigmoid of a normal by pixel with location and scale from
             `net`.
         num_levels: L.
@@ -71,6 +72,7 @@ class Dequantized(BoundedDensity):
             raise ValueError('net: expected none for kind="uniform"')
         super().__init__(flow.batch_shape, flow.event_shape, validate_args)
         self.flow, self.kind, self.hidden_dims = flow, kind, tuple(hidden_dims)
+        self.context: Tensor | None = None
         self.num_levels = check_positive("num_levels", num_levels)
         dims = len(flow.event_shape)
         self.preprocess = None if logit_alpha is None else LogitPreprocess(logit_alpha, dims)
@@ -78,6 +80,17 @@ class Dequantized(BoundedDensity):
         if kind == "variational" and net is None:
             net = MLP(size, 2 * size, hidden_dims, zero_last=True)
         self.net = net
+
+    @property
+    def context_dim(self) -> int:  # type: ignore[override]
+        """The length of the context that `condition` takes; 0 for none, and once conditioned."""
+        return self.flow.context_dim
+
+    def condition(self, context: Tensor) -> Self:
+        """The density at this context, `(*, C)`: its batch shape is `(*)`, broadcast against the flow's."""
+        flow = self.flow.condition(context)
+        batch = broadcast_shapes(self.batch_shape, flow.batch_shape)
+        return self._view(batch, flow=flow, context=context)
 
     @property
     def support(self) -> Any:
@@ -123,7 +136,11 @@ class Dequantized(BoundedDensity):
         noise: Tensor | None = None,
         score: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        value = value.to(next(self.flow.parameters(), torch.empty(0)).dtype)
+        # At a context the flow may have no parameter left: all of them come from the context.
+        like = getattr(self.flow, "context", None)
+        value = value.to(
+            next(self.flow.parameters(), torch.empty(0) if like is None else like).dtype
+        )
         u, log_q = self._dequantize(value, noise)
         y, dims = (value + u) / self.num_levels, len(self.event_shape)
         ladj = y.new_zeros(y.shape[: y.dim() - dims])

@@ -7,6 +7,7 @@ from .checks import (
     check_event_dim,
     check_positive,
     check_same_dtype,
+    check_tensor,
     find_event_shape,
     read_event_shape,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "check_event_dim",
     "check_positive",
     "check_same_dtype",
+    "check_tensor",
     "circular_rq_spline",
     "contraction_inverse",
     "conv_norm_bound",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,7 @@ class SavedGuide:
 
     target: str
     spec: GuideSpec
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] = field(repr=False)
     data_file: str | None = None
     data_digest: str | None = None
 
@@ -129,9 +129,10 @@ class SavedGuide:
         try:
             guide.load_state_dict(dict(self.state))
         except (RuntimeError, ValueError) as error:
-            cause = "a guide made in another way, or " if is_guide else ""
+            made = f"a new {self.spec.kind} made as the saved one was, for " if is_guide else ""
+            got = f"a {type(guide).__name__} with other parameters" if is_guide else "other latents"
             raise ValueError(
-                f"the guide was fitted to {cause}a model with other latents than {self.target!r} has now"
+                f"rebuild: expected {made}a model with the latents of {self.target!r}, got {got}"
             ) from error
         return guide
 

@@ -250,7 +250,7 @@ def test_sample_runs_no_code_that_the_file_names(model_file: Path, run: Run) -> 
     assert not model_file.with_name("ran").exists()
     done = run("sample", out, "--target", f"{model_file}:other")
     assert done.code == 2
-    assert "other latents" in done.err
+    assert "got other latents" in done.err
 
 
 class Payload:

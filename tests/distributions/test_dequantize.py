@@ -131,3 +131,38 @@ def test_refusals():
         Dequantized(dist.Normal(0.0, 1.0))
     with pytest.raises(ValueError):
         Dequantized(density, validate_args=True).log_prob(torch.tensor([0.5, 1.0, 2.0]).double())
+
+
+def conditional_density(dim=3):
+    """N(context @ W, 1) by a context's affine layer, in float64."""
+    transform = ElementwiseAffine(dim, context_dim=2)
+    torch.nn.init.normal_(transform.hyper.net[-1].weight, std=0.5)
+    return FlowDistribution(dist.Normal(torch.zeros(dim), 1.0).to_event(1), transform).double()
+
+
+@pytest.mark.parametrize("logit_alpha", [None, 0.05], ids=["plain", "logit"])
+@pytest.mark.parametrize("kind", ["uniform", "variational"])
+def test_at_a_context_it_is_the_density_of_the_flow_there(kind, logit_alpha):
+    torch.manual_seed(0)
+    flow = conditional_density()
+    whole = Dequantized(flow, kind, num_levels=5, logit_alpha=logit_alpha).double()
+    context, x = torch.randn(4, 2).double(), torch.randint(5, (4, 3)).double()
+    noise = torch.rand(4, 3).double()
+    at = whole.condition(context)
+    assert (whole.context_dim, at.context_dim, at.batch_shape) == (2, 0, (4,))
+    found = at.bits_per_dim(x, noise)
+    for row in range(4):
+        one = Dequantized(
+            flow.condition(context[row]), kind, num_levels=5, net=whole.net, logit_alpha=logit_alpha
+        )
+        torch.testing.assert_close(found[row], one.bits_per_dim(x[row], noise[row]))
+    assert found.std() > 0.01
+    assert at.sample((6,)).shape == (6, 4, 3)
+    assert at.log_prob_bound(x, 3).shape == (4,)
+    (-at.log_prob(x).sum()).backward()
+    assert all(p.grad is not None for p in whole.parameters())
+
+
+def test_a_context_is_refused_where_the_flow_takes_none():
+    with pytest.raises(ValueError, match="expected a density with a context"):
+        Dequantized(normal_density()).condition(torch.zeros(2).double())

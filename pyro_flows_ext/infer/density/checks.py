@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...distributions import Density, Dequantized, FlowDistribution, MultiScaleFlow
+from ...distributions import Density, Dequantized, MultiScaleFlow, TransformedDensity
 from ...programs import describe_nonfinite
 from ...transforms import ActNorm
 from .rows import HEAD_ROWS, Batch, Rows, Stream
@@ -188,6 +188,7 @@ def standardize(
     if moments.mean.dim() == 3:
         moments = moments.per_channel()
     whole = density
+    layers = density.flow if isinstance(density, Dequantized) else density
     if isinstance(density, Dequantized) and density.preprocess is None:
         # Its flow sees whole numbers with noise, brought to [0, 1).
         moments = moments.dequantized(int(density.num_levels))
@@ -197,11 +198,11 @@ def standardize(
         return
     if (
         context is not None
-        and isinstance(density, FlowDistribution)
-        and density.context_standardization is None
+        and isinstance(layers, TransformedDensity)
+        and layers.context_standardization is None
         and (how is True or is_off(context, OFF))
     ):
-        density.standardize_context(context.mean, _positive(context.sd))
+        layers.standardize_context(context.mean, _positive(context.sd))
     if density.standardization is not None or (how == "auto" and not is_off(moments, OFF)):
         _check_resolution(moments, like.dtype)
         return

@@ -59,5 +59,5 @@ class Progress:
 
     def _print(self, state: Reported) -> None:
         seconds = time.perf_counter() - self.began
-        line = f"{state.phase}: step {state.step}, {seconds:.0f} s, {state.describe()}"
-        print(line, file=sys.stderr, flush=True)
+        parts = [f"{state.phase}: step {state.step}", f"{seconds:.0f} s", state.describe()]
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)

@@ -53,11 +53,11 @@ class TrainingState:
         }
 
     def describe(self) -> str:
-        """The bound and the effective sample size, for a line of progress."""
-        numbers = f"ELBO {-self.loss:.2f}"
+        """The bound and the effective sample size, as far as they are known, for a line of progress."""
+        numbers = [] if math.isnan(self.loss) else [f"ELBO {-self.loss:.2f}"]
         if self.importance is not None:
-            numbers += f", ESS {self.importance.efficiency:.0%}"
-        return numbers
+            numbers.append(f"ESS {self.importance.efficiency:.0%}")
+        return ", ".join(numbers)
 
 
 Callback = Callable[[TrainingState], Any]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_flows_ext.transforms as T
+from pyro_flows_ext import flows
 from pyro_flows_ext.distributions import Density, Dequantized, FlowDistribution
 from pyro_flows_ext.infer import fit_density
 
@@ -253,3 +254,52 @@ def test_low_precision_densities_and_autocast_are_refused():
         pytest.raises(ValueError, match=r"torch.autocast: expected full precision"),
     ):
         fit_density(flow(), moons(), **OPTIONS)
+
+
+# --- whole numbers and images at a context ---
+
+
+def halves(num=400):
+    """Images 1 x 4 x 4 whose left or right half is bright, as the context has it, and the context."""
+    right = torch.randint(0, 2, (num,))
+    images = 0.3 * torch.randn(num, 1, 4, 4)
+    images[right == 0, :, :, :2] += 2.0
+    images[right == 1, :, :, 2:] += 2.0
+    return images, torch.nn.functional.one_hot(right, 2).float()
+
+
+@pytest.mark.parametrize("name", ["Glow", "RealNVPImage", "NSFImage"])
+def test_images_follow_their_context(name):
+    torch.manual_seed(0)
+    images, context = halves()
+    density = getattr(flows, name)((1, 4, 4), context_dim=2, num_levels=2, num_layers=2, hidden_dims=(8,))  # fmt: skip
+    fit_density(density, images, context, **OPTIONS)
+    means = density.condition(torch.eye(2)).sample((200,)).mean((0, 2, 3))
+    expected = torch.tensor([[2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0]])
+    torch.testing.assert_close(means, expected, rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("logit_alpha", [None, 0.05], ids=["plain", "logit"])
+def test_whole_numbers_follow_a_context_in_units_of_its_own(logit_alpha):
+    torch.manual_seed(0)
+    context = 1000.0 + 100.0 * torch.rand(800, 1)
+    counts = torch.distributions.Binomial(10, (context - 1000.0) / 100.0).sample()
+    flow = flows.NSF(1, context_dim=1, num_layers=2, hidden_dims=(16,))
+    density = Dequantized(flow, num_levels=11, logit_alpha=logit_alpha)
+    fit_density(density, counts, context, **{**OPTIONS, "num_steps": 200})
+    means = density.condition(torch.tensor([[1020.0], [1080.0]])).sample((1000,)).mean((0, 2))
+    torch.testing.assert_close(means, torch.tensor([2.0, 8.0]), rtol=0, atol=0.6)
+
+
+def test_a_bound_with_a_context_in_units_of_its_own_is_standardised():
+    density = flows.CIF(1, context_dim=1, num_layers=2, hidden_dims=(8,))
+    fit_density(density, torch.randn(100, 1), 1000 + torch.rand(100, 1), **OPTIONS)
+    assert density.context_standardization.loc.item() == pytest.approx(1000.5, abs=0.1)
+
+
+def test_arrays_in_place_of_tensors_are_named():
+    density = flows.NSF(1, context_dim=2)
+    with pytest.raises(TypeError, match=r"context: expected a tensor, got a ndarray; convert it"):
+        density.condition(torch.zeros(3, 2).numpy())
+    with pytest.raises(TypeError, match=r"value: expected a tensor, got a ndarray; convert it"):
+        density.condition(torch.zeros(3, 2)).log_prob(torch.zeros(3, 1).numpy())

@@ -384,6 +384,7 @@ def test_plain_lines_without_a_terminal(capsys, monkeypatch):
     fit(regression, AutoNormal(regression), num_steps=3, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("training: step 2") for line in lines)
+    assert not any("nan" in line for line in lines)
     assert math.isfinite(float(lines[-1].split("ELBO ")[1].split(",")[0]))
 
 
