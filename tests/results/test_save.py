@@ -92,7 +92,10 @@ def test_a_guide_and_a_fit(tmp_path: Path) -> None:
         pyro.clear_param_store()
         with pytest.raises(ValueError, match=r"expected a new AutoIAF .* got the model alone"):
             saved.rebuild(model, Y)
-        with pytest.raises(ValueError, match="expected a new AutoIAF made as the saved one was, .* with other parameters"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected a new AutoIAF made as the saved one was, .* with other parameters",
+        ):
             saved.rebuild(pf.AutoIAF(model), Y)
         loaded = saved.rebuild(pf.AutoIAF(model, num_layers=1, hidden_dims=(8,)), Y)
         draws = []
