@@ -4,6 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two workers, each with a half of the files in order, so that they share few imports and module fixtures; the one that
+# ends first takes tests of the other.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal -q
+
+# Without files of bytecode each worker and each process that a test starts compiles the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-all fuzz lint format notebooks docs dist clean
 
@@ -12,10 +18,10 @@ demo: $(INSTALLED)
 
 # Everything but the tests marked slow.
 test: lint
-	$(BIN)/pytest -n 2 -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 -q -m slow
+	$(PYTEST) -m slow
 
 test-all: test test-slow
 

@@ -4,6 +4,7 @@ pytest --draws 7         the same tests at other draws: a test that passes at se
 pytest --shuffle 7       the same tests in another order
 """
 
+import gc
 import random
 import sys
 
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(config, items):
     seed = config.getoption("--shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)
+
+
+def pytest_collection_finish():
+    """Leaves the imported modules, half a million objects, out of the collections of cycles, and makes those rarer."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_collectstart(collector):

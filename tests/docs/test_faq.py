@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,21 +27,17 @@ def _text(node):
     return None
 
 
+@cache
 def _messages():
-    for path in Path(pyro_flows_ext.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            text = _text(node)
-            if text and len(text) > 12:
-                yield text
-
-
-MESSAGES = list(_messages())
+    sources = Path(pyro_flows_ext.__path__[0]).rglob("*.py")
+    nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text())))
+    return [text for text in map(_text, nodes) if text and len(text) > 12]
 
 
 def quotes_a_message(heading):
     """Whether the words between the holes of a heading follow each other in one message."""
     pattern = ".*".join(re.escape(part.strip()) for part in heading.split(HOLE) if part.strip())
-    return any(re.search(pattern, message, re.S) for message in MESSAGES)
+    return any(re.search(pattern, message, re.S) for message in _messages())
 
 
 @pytest.mark.parametrize("heading", QUOTED)
