@@ -76,11 +76,11 @@ def to_inference_data(
     model, guide = model_first(model, guide)
     if draws is None:
         particles = draw_particles(model, guide, args, kwargs, num_samples=num_samples)
-        shape: tuple[int, int] = (1, num_samples)
+        num_chains, num_draws = 1, num_samples
         stats = {"lp": particles.log_joint, "log_weight": particles.log_weights}
     else:
         particles = _evaluate(model, draws, args, kwargs)
-        shape = next(iter(draws.values())).shape[:2]  # type: ignore[assignment]
+        num_chains, num_draws = next(iter(draws.values())).shape[:2]
         stats = {"lp": particles.log_joint}
     sites = _sites(model, {k: v[0] for k, v in particles.samples.items()}, args, kwargs)
     observed = {
@@ -104,7 +104,7 @@ def to_inference_data(
         "posterior_predictive": {name: replayed[name] for name in wanted if name in observed},
     }
     arrays = {
-        group: {name: _by_chain(value, shape) for name, value in values.items()}
+        group: {name: _by_chain(value, (num_chains, num_draws)) for name, value in values.items()}
         for group, values in groups.items()
     }
     arrays["observed_data"] = {name: _to_numpy(_data(site)) for name, site in observed.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..distributions import Density
 from . import plots
+from .plots_style import DRAWS_COLOR, FONT_SIZE, REFERENCE_COLOR, TEXT_COLOR
 from .scores import score
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ def loss(result: Any) -> Figure:
     """
     ax = plots.loss(result.losses)
     steps, losses = result.validation_steps.numpy(), result.validation_losses.numpy()
-    ax.plot(steps, losses, color=plots.REFERENCE_COLOR, lw=1.5, label="validation")
+    ax.plot(steps, losses, color=REFERENCE_COLOR, lw=1.5, label="validation")
     best = f"kept: step {result.best_step}"
-    ax.plot(result.best_step, result.best_loss, "o", color=plots.REFERENCE_COLOR, ms=5, label=best)
+    ax.plot(result.best_step, result.best_loss, "o", color=REFERENCE_COLOR, ms=5, label=best)
     low, high = ax.get_ylim()
     seen = losses[(steps >= 0.1 * result.steps) & np.isfinite(losses)]
     seen = np.append(seen, result.best_loss)
@@ -88,7 +89,7 @@ def loss(result: Any) -> Figure:
     ax.set_ylim(min(low, seen.min() - margin), max(high, np.quantile(seen, 0.95) + margin))
     ax.set_xlim(0, max(result.steps, 2))
     ax.set_ylabel("loss (nats a row)")
-    ax.legend(loc="upper right", fontsize=plots.FONT_SIZE, labelcolor=plots.TEXT_COLOR)
+    ax.legend(loc="upper right", fontsize=FONT_SIZE, labelcolor=TEXT_COLOR)
     return ax.figure  # type: ignore[return-value]
 
 
@@ -111,22 +112,22 @@ def _plane(columns: Sequence[str], data: Tensor, draws: Tensor, density: Density
         (left, data, f"data, {num} rows"),
         (middle, draws, f"{num} draws"),
     ):
-        ax.plot(*points.T.numpy(), ".", ms=2.5, alpha=0.5, mew=0, color=plots.DRAWS_COLOR)
-        ax.set_title(title, fontsize=plots.FONT_SIZE + 1, color=plots.TEXT_COLOR)
+        ax.plot(*points.T.numpy(), ".", ms=2.5, alpha=0.5, mew=0, color=DRAWS_COLOR)
+        ax.set_title(title, fontsize=FONT_SIZE + 1, color=TEXT_COLOR)
     x, y = (torch.linspace(a, b, GRID) for a, b in zip(low.tolist(), high.tolist(), strict=True))
     log_p = score(density, torch.cartesian_prod(x, y), GRID_PARTICLES).values.reshape(GRID, GRID)
     mesh = right.pcolormesh(
         x.numpy(), y.numpy(), log_p.exp().T.numpy(), cmap="magma", shading="auto", rasterized=True
     )
-    right.set_title("density", fontsize=plots.FONT_SIZE + 1, color=plots.TEXT_COLOR)
+    right.set_title("density", fontsize=FONT_SIZE + 1, color=TEXT_COLOR)
     bar = figure.colorbar(mesh, ax=right)
-    bar.ax.tick_params(labelsize=plots.FONT_SIZE - 1, colors=plots.TEXT_COLOR)
+    bar.ax.tick_params(labelsize=FONT_SIZE - 1, colors=TEXT_COLOR)
     for ax in (left, middle, right):
         ax.set_xlim(low[0].item(), high[0].item())
         ax.set_ylim(low[1].item(), high[1].item())
-        ax.set_xlabel(columns[0], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
-        ax.tick_params(labelsize=plots.FONT_SIZE - 1, colors=plots.TEXT_COLOR)
-    left.set_ylabel(columns[1], fontsize=plots.FONT_SIZE, color=plots.TEXT_COLOR)
+        ax.set_xlabel(columns[0], fontsize=FONT_SIZE, color=TEXT_COLOR)
+        ax.tick_params(labelsize=FONT_SIZE - 1, colors=TEXT_COLOR)
+    left.set_ylabel(columns[1], fontsize=FONT_SIZE, color=TEXT_COLOR)
     return figure
 
 
@@ -145,7 +146,7 @@ def _images(shape: tuple[int, int, int], data: Tensor, draws: Tensor) -> Any:
             ax.imshow(sheet[..., 0], cmap="gray_r", vmin=0, vmax=1)
         else:
             ax.imshow(sheet[..., :3] if shape[0] >= 3 else sheet[..., 0])
-        ax.set_title(title, fontsize=plots.FONT_SIZE + 1, color=plots.TEXT_COLOR)
+        ax.set_title(title, fontsize=FONT_SIZE + 1, color=TEXT_COLOR)
         ax.set_axis_off()
     return figure
 

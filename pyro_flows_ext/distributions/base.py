@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.distributions.distribution import DistributionMeta
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 from typing_extensions import Self
@@ -18,11 +17,7 @@ from ..transforms.base import forget_param_store
 from .tensors import map_tensors
 
 
-class _DensityMeta(DistributionMeta, type(nn.Module)):  # type: ignore[misc]
-    """Distributions have a metaclass of their own in Pyro."""
-
-
-class Density(TorchDistribution, nn.Module, metaclass=_DensityMeta):
+class Density(TorchDistribution, nn.Module):
     """An `nn.Module` that is a `TorchDistribution`: it has parameters, and it can be sampled and scored.
 
     In a model, call `pyro.module("x_density", density)` at every run (or make the density an attribute of a

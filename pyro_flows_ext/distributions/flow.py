@@ -146,7 +146,7 @@ class FlowDistribution(TransformedDensity):
 class _Identity(FlowTransform):
     """The identity, for events of any shape."""
 
-    domain = codomain = constraints.real  # type: ignore[assignment]
+    domain = codomain = constraints.real
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x)

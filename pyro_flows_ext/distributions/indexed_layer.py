@@ -121,7 +121,8 @@ def correlate_with_input(net: nn.Module, index_dim: int) -> None:
             nn.init.xavier_normal_(layer.weight, gain=5 / 3)
     # Convolutions have half of the scale behind their ReLU.
     scale = 1.5 if isinstance(last, nn.Linear) else 3.0
-    nn.init.normal_(last.weight[:index_dim], std=scale / last.weight[0].numel() ** 0.5)
-    nn.init.zeros_(last.weight[index_dim:])
-    nn.init.zeros_(last.bias[:index_dim])  # type: ignore[index]
-    nn.init.constant_(last.bias[index_dim:], -1.0)  # type: ignore[index]
+    weight, bias = last.parameters()
+    nn.init.normal_(weight[:index_dim], std=scale / weight[0].numel() ** 0.5)
+    nn.init.zeros_(weight[index_dim:])
+    nn.init.zeros_(bias[:index_dim])
+    nn.init.constant_(bias[index_dim:], -1.0)

@@ -70,7 +70,9 @@ class Toy:
 # --- uniform on a set ---
 
 
-def _uniform(area: float, inside: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+def _uniform(
+    area: float, inside: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
     def log_prob(x: Tensor, y: Tensor) -> Tensor:
         flat = torch.full_like(x + y, -math.log(area))
         return flat.where(inside(x, y), -math.inf)

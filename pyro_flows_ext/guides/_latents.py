@@ -32,7 +32,7 @@ from ._plates import PlateReader, check_plates
 from ._setup import PortableGuide, argument_shapes, extent, same_objects, slim
 
 
-class ModelLatents(PortableGuide, AutoContinuous):  # type: ignore[metaclass]
+class ModelLatents(PortableGuide, AutoContinuous):
     """A guide over all latents of a model: ℝᴰ on one side, constrained values of the sites on the other."""
 
     def __init__(self, model: Callable[..., Any], init_loc_fn: Callable[..., Any]):

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
+from ..distributions.indexed_layer import IndexedLayer
 from ..transforms import (
     ComposeFlow,
     ElementwiseAffine,
@@ -20,7 +21,7 @@ from ..transforms import (
     iaf,
     realnvp,
 )
-from .cif import STEPS, IndexedFlow, IndexedLayer
+from .cif import STEPS, IndexedFlow
 
 # (dimension of the latents, dimension of the context) -> a transform; of "cif", its layers.
 ConditionalFactory = Callable[[int, int], FlowTransform]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoGuide, initialization
+from pyro.nn.module import _PyroModuleMeta
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -22,11 +24,11 @@ from ..programs import SPHERICAL, bijection, support_of, tensors_of
 from ..transforms.base import forget_param_store
 
 
-class _GuideMeta(type(AutoGuide), ABCMeta):  # type: ignore[misc]
+class _GuideMeta(_PyroModuleMeta, ABCMeta):
     """The metaclass of Pyro's modules, with abstract methods."""
 
 
-class PortableGuide(AutoGuide, metaclass=_GuideMeta):  # type: ignore[metaclass]
+class PortableGuide(AutoGuide, metaclass=_GuideMeta):
     """A guide that can be copied and pickled, and that refuses the parameters of another guide in the parameter store.
 
     Pyro's own guides lose the model when they are copied. Here a copy shares the model with the original, and a pickle
@@ -123,21 +125,17 @@ def init_to_median(site: Mapping[str, Any]) -> Tensor:
 
     For a prior that cannot be sampled: the image of zero in its support, or any direction on a sphere.
     """
-    fn, support, refusal = site["fn"], None, None
+    fn, value = site["fn"], None
+    with suppress(NotImplementedError):
+        value = initialization.init_to_median(site)
     try:
         support = support_of(site["name"], fn)
-    except ValueError as error:
-        refusal = error  # raised below, unless a reparametriser removes the latent
-    try:
-        value = initialization.init_to_median(site)
-    except NotImplementedError:
-        value = None
-    if support is None:
+    except ValueError:  # a reparametriser may still remove the latent
         if value is not None:
             return value
         if isinstance(fn, SPHERICAL):
             return transform_to(fn.support)(_zeros(fn, fn.shape()) + 1)
-        raise refusal  # type: ignore[misc]
+        raise
     if value is None or not bool(support.check(value).all()):
         constrain = bijection(support)
         value = constrain(_zeros(fn, constrain.inverse_shape(fn.shape())))

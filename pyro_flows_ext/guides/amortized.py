@@ -185,10 +185,11 @@ class AutoAmortizedFlow(PortableGuide):
     def _select(self, args: Any, kwargs: Any) -> Tensor:
         """The tensor of rows among the arguments, indexed or not."""
         if self._encoder_inputs is not None:
-            name, value = "encoder_inputs", self._encoder_inputs(*args, **kwargs)
+            name = "encoder_inputs"
+            value: object = self._encoder_inputs(*args, **kwargs)
         else:
             arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-            name, value = f"argument {self._key!r}", arguments.get(self._key)  # type: ignore[assignment]
+            name, value = f"argument {self._key!r}", arguments.get(self._key)
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise ValueError(
                 f"{name}: expected a tensor of rows to encode, as when the guide was set up, got {value!r}"

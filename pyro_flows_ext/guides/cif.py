@@ -10,7 +10,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from ..distributions.indexed_layer import IndexedLayer
 from ..ops import check_positive
@@ -161,7 +161,7 @@ class IndexedFlow(AugmentedFlow):
         self.context_dim = layers[0].context_dim
         self.input_dim = self.latent_dim + len(layers) * self.index_dim
 
-    def condition(self, context: Tensor) -> FlowTransform:
+    def condition(self, context: Tensor) -> Self:
         """Returns this flow with all layers and the placement at a context `(*, context_dim)`."""
         view = super().condition(context)
         placement = self.placement.condition(context)

@@ -73,10 +73,6 @@ class DirectionalVector(dist.TorchDistribution):
     def support(self) -> Any:
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return False
-
     def expand(self, batch_shape: Any, _instance: Any = None) -> DirectionalVector:
         return type(self)(self.fn.expand(batch_shape))
 

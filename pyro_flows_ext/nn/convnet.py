@@ -55,8 +55,8 @@ class ResidualConvNet(nn.Module):
         self.joined_channels = in_channels + context_dim
         last = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
         if zero_last:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
         self.net = nn.Sequential(
             nn.Conv2d(self.joined_channels, hidden_channels, 3, padding=1),
             *(_Block(hidden_channels, activation, self.gated) for _ in range(num_blocks)),

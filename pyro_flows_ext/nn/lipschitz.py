@@ -46,6 +46,8 @@ class LipSwish(nn.Module):
 class SlopedActivation(Protocol):
     """An activation with its slope, which must lie in [-1, 1]."""
 
+    def __call__(self, x: Tensor) -> Tensor: ...
+
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
@@ -65,7 +67,7 @@ class BoundLipschitz:
         for activation, layer, bias in zip(
             self.activations, self.layers[1:], self.biases[1:], strict=True
         ):
-            h = layer(activation(h)) + bias  # type: ignore[operator]
+            h = layer(activation(h)) + bias
         return h
 
     def linearize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -49,6 +49,7 @@ class MADE(nn.Module):
     """
 
     order: Tensor
+    context_layer: nn.Linear | None
 
     def __init__(
         self,
@@ -102,8 +103,8 @@ class MADE(nn.Module):
         """Returns the network at a context as a function of x; masks and context are applied once, for many calls."""
         check_context(context, self.context_dim)
         (first, shift), *rest = self._masked()
-        if context is not None:
-            shift = F.linear(context, self.context_layer.weight, shift)  # type: ignore[union-attr]
+        if self.context_layer is not None and context is not None:
+            shift = F.linear(context, self.context_layer.weight, shift)
 
         def run(x: Tensor) -> Tensor:
             if is_worthwhile(x, len(first)) and (known := known_activation(self.activation)):

@@ -37,7 +37,8 @@ class _Enumeration(EnumMessenger):
         value = msg["value"]
         if isinstance(value, Tensor):
             value = torch.empty(value.shape, device="meta")
-        super()._pyro_post_sample({**msg, "value": value})
+        replaced: Any = {**msg, "value": value}
+        super()._pyro_post_sample(replaced)
 
 
 def marginal_log_prob(trace: Trace) -> Tensor:

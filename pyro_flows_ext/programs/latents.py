@@ -39,9 +39,11 @@ class JacobianDelta(dist.Delta):
     """
 
 
-@register_kl(JacobianDelta, dist.Distribution)
 def _kl_jacobian_delta(p: JacobianDelta, q: dist.TorchDistribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)
+
+
+register_kl(JacobianDelta, dist.Distribution)(_kl_jacobian_delta)
 
 
 def is_constant(support: Constraint) -> bool:

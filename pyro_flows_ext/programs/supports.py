@@ -36,18 +36,12 @@ class ImageConstraint(Constraint):
 
     def __init__(self, base: Constraint, transforms: list[Transform]):
         self.base, self.transforms = base, transforms
+        self.is_discrete = base.is_discrete
+        self.event_dim = max(base.event_dim, ComposeTransform(transforms).codomain.event_dim)
         super().__init__()
 
     def __repr__(self) -> str:
         return f"ImageConstraint({self.base}, {self.transforms})"
-
-    @property
-    def is_discrete(self) -> bool:  # type: ignore[override]
-        return self.base.is_discrete
-
-    @property
-    def event_dim(self) -> int:  # type: ignore[override]
-        return max(self.base.event_dim, ComposeTransform(self.transforms).codomain.event_dim)
 
     def check(self, value: Tensor) -> Tensor:
         event_dim = self.event_dim
@@ -284,5 +278,10 @@ def _same(a: Constraint, b: Constraint) -> bool:
 def tensors_of(obj: Any) -> list[Tensor]:
     """The tensors in a constraint or distribution."""
     found: list[Tensor] = []
-    map_tensors(obj, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(obj, note)
     return found

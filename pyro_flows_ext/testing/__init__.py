@@ -70,6 +70,8 @@ from .programs import check_density, check_import_is_pure, check_plates, integra
 class Check(Protocol):
     """What the functions of all points look like."""
 
+    __name__: str
+
     def __call__(self, factory: Factory, **options: Unpack[Options]) -> None: ...
 
 
@@ -81,7 +83,7 @@ class Point(NamedTuple):
     dtypes: Sequence[torch.dtype] = (torch.float64,)
 
     def __str__(self) -> str:
-        return f"{self.number}-{self.check.__name__.removeprefix('check_')}"  # type: ignore[attr-defined]
+        return f"{self.number}-{self.check.__name__.removeprefix('check_')}"
 
 
 _BOTH = (torch.float64, torch.float32)

@@ -15,6 +15,9 @@ from typing_extensions import Unpack
 from ..transforms import FlowTransform
 from .case import Case, Factory, Options
 
+# Changes the parameters of a module in place.
+Update = Callable[[nn.Module], object]
+
 # A log-det that is fresh differs from the same one computed again, or in the other direction, by rounding alone.
 SAME = 1e-2
 
@@ -145,7 +148,9 @@ def check_fresh_after_step(factory: Factory, **options: Unpack[Options]) -> None
             for what, inverted, value in (("forward", False, x), ("inverse", True, y)):
                 module = case.build()
 
-                def direction(module: nn.Module = module, inverted=inverted) -> FlowTransform:
+                def direction(
+                    module: nn.Module = module, inverted: bool = inverted
+                ) -> FlowTransform:
                     transform = case.bind(module, context)
                     return transform.inv if inverted else transform
 
@@ -164,10 +169,10 @@ def check_fresh_after_step(factory: Factory, **options: Unpack[Options]) -> None
                 case.close(f"value {where}", to(value), to(value.clone()), case.tolerance * SAME)
 
 
-def _updates(case: Case) -> Iterator[tuple[str, Callable[[nn.Module], object]]]:
+def _updates(case: Case) -> Iterator[tuple[str, Update]]:
     """Ways to change parameters in place; tensor versions do not see the first two, nor the last but one."""
 
-    def step(optimizer: Callable[..., torch.optim.Optimizer], **settings: bool) -> Callable:
+    def step(optimizer: Callable[..., torch.optim.Optimizer], **settings: bool) -> Update:
         return lambda module: optimizer(module.parameters(), lr=0.05, **settings).step()
 
     if any(p.requires_grad for p in case.module.parameters()):

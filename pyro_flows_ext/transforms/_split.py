@@ -39,7 +39,7 @@ class Split(nn.Module, ABC):
         """Σ log_slope `(*, N)` over the elements that are transformed: `(*)`."""
         return log_slope.sum(-1)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The shapes of two masks can agree where their meaning does not.
         saved = state_dict.get(f"{prefix}mask", self.mask)
         if not (saved.is_meta or self.mask.is_meta) and saved.tolist() != self.mask.tolist():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 from typing_extensions import Unpack
 
 from ..nn import MADE
@@ -83,8 +84,8 @@ class Autoregressive(FlowTransform):
             **options,
         )
 
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> Constraint:
         domain = self.transformer.domain
         return (
             constraints.real_vector
@@ -92,8 +93,8 @@ class Autoregressive(FlowTransform):
             else constraints.independent(domain, 1)
         )
 
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> Constraint:
         return self.domain
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 from typing_extensions import Self
 
 from ..ops import broadcast_shapes, check_event, check_same_dtype
@@ -47,8 +48,8 @@ class FlowTransform(ContextModule, TransformModule, ConditionalTransformModule):
         inverts_iteratively: True if drawing and scoring in one of the two directions takes sweeps or root finding.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain: Constraint = constraints.real_vector
+    codomain: Constraint = constraints.real_vector
     bijective = True
     input_dim: Any
     inverts_iteratively = False
@@ -226,6 +227,7 @@ class InverseFlow(FlowTransform):
     def __init__(self, transform: FlowTransform):
         super().__init__()
         self.transform = transform
+        self.context_dim, self.batch_shape = transform.context_dim, transform.batch_shape
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_ladj(x)
@@ -236,12 +238,8 @@ class InverseFlow(FlowTransform):
     def bind(self, tensors: Mapping[str, Tensor]) -> FlowTransform:  # type: ignore[override]
         return self.transform.bind(tensors).inv
 
-    def condition(self, context: Tensor) -> FlowTransform:
+    def condition(self, context: Tensor) -> FlowTransform:  # type: ignore[override]
         return self.transform.condition(context).inv
-
-    @property
-    def context_dim(self) -> int:  # type: ignore[override]
-        return self.transform.context_dim
 
     # One cache for both orientations: the transform's own.
 
@@ -270,17 +268,13 @@ class InverseFlow(FlowTransform):
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return self.transform.forward_shape(shape)
 
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> Constraint:
         return self.transform.codomain
 
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> Constraint:
         return self.transform.domain
-
-    @property
-    def batch_shape(self) -> torch.Size:  # type: ignore[override]
-        return self.transform.batch_shape
 
     @property
     def sign(self) -> int:

@@ -52,6 +52,7 @@ class ComposeFlow(FlowTransform):
         self._outer_dims = _outer_dims(parts)
         self.batch_shape = self._find_batch_shape(parts)
         self._keeps_shape = all(map(_keeps_shape, parts))
+        self.carries_scores = all(part.carries_scores for part in parts)
         self._find_ends()
 
     def _find_ends(self) -> None:
@@ -74,10 +75,6 @@ class ComposeFlow(FlowTransform):
             ladj = sum_rightmost(ladj, outer) if outer else ladj
             total = ladj if total is None else total + ladj
         return x, total
-
-    @property
-    def carries_scores(self) -> bool:  # type: ignore[override]
-        return all(part.carries_scores for part in self)
 
     def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total: Any = None

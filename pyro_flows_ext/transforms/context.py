@@ -24,7 +24,7 @@ class ContextModule(nn.Module):
     context_dim = 0
     context: Tensor | None = None
 
-    def condition(self, context: Tensor) -> FlowTransform:
+    def condition(self, context: Tensor) -> Self:
         """Returns the transform at a context.
 
         Args:
@@ -38,17 +38,17 @@ class ContextModule(nn.Module):
             ValueError: if the last dimension of `context` is not `context_dim`.
         """
         if not self.context_dim:
-            return self  # type: ignore[return-value]
+            return self
         check_event("context", context, self.context_dim)
         if not torch.compiler.is_compiling():
             check_same_dtype("context", context, next(self.parameters(), context))
         hyper = self._modules.get("hyper")
         if hyper is not None:
             bound = {name: self._shifted(name, h) for name, h in hyper(context).items()}
-            return self.bind(bound)  # type: ignore[return-value]
+            return self.bind(bound)
         view = self._view(context.shape[:-1], *self.__dict__.get("_bound", ()), context)
         view.__dict__.update(context=context, context_dim=0)
-        return view  # type: ignore[return-value]
+        return view
 
     def add_hyper_network(self, context_dim: int, hidden_dims: Sequence[int] | None = None) -> None:
         """Lets the parameters of this transform depend on a context c: θ + h(c), h a multilayer perceptron.

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from ..nn import MLP
 from ..nn.convnet import convnet, join_channels
@@ -135,8 +136,8 @@ class Coupling(FlowTransform):
         """True for the elements that pass: booleans of the shape of the event."""
         return self.split.mask
 
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> Constraint:
         """Vectors or images of elements of the transformer's domain."""
         domain, event_dim = self.transformer.domain, len(self.event_shape)
         if domain is constraints.real:

@@ -56,6 +56,7 @@ class Leapfrog(FlowTransform):
     """
 
     potential: Potential
+    tempering_logit: nn.Parameter
 
     def __init__(
         self,

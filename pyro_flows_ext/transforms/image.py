@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 from typing_extensions import Self
 
 from ..ops import check_event_dim, check_positive
@@ -129,13 +129,13 @@ class LogitPreprocess(FlowTransform):
         ladj = F.logsigmoid(y) + F.logsigmoid(-y) - math.log(slope)
         return (y.sigmoid() - a) / slope, _sum(ladj, self._event_dim)
 
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> Constraint:
         reach = self.alpha / (1 - 2 * self.alpha)
         return constraints.independent(constraints.interval(-reach, 1 + reach), self._event_dim)
 
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> Constraint:
         return constraints.independent(constraints.real, self._event_dim)
 
     def extra_repr(self) -> str:
@@ -218,12 +218,12 @@ class Standardize(FlowTransform):
             )
         return -self.scale.log().expand(event).sum().expand(batch)
 
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> Constraint:
         return constraints.independent(constraints.real, self._event_dim)
 
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> Constraint:
         return self.domain
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 from typing_extensions import Self
 
 from ..nn import LipschitzConvNet, LipschitzMLP, LipSwish
@@ -137,12 +138,12 @@ class ResidualFlow(FlowTransform):
                 f"lipschitz: expected a number between 0 and 1, exclusive, got {self.lipschitz!r}"
             )
 
-    @property
-    def domain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> Constraint:
         return IMAGE if len(self.event_shape) == 3 else constraints.real_vector
 
-    @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> Constraint:
         return IMAGE if len(self.event_shape) == 3 else constraints.real_vector
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +162,9 @@ class ResidualFlow(FlowTransform):
         context = self.context
         if context is not None:
             x = x.expand(self.forward_shape(x.shape))
-        if hasattr(self.net, "bind"):
-            return self.net.bind(context), x  # type: ignore[operator]
+        bind = getattr(self.net, "bind", None)
+        if bind is not None:
+            return bind(context), x
         return Opaque(self.net if context is None else lambda x: self.net(x, context)), x
 
     # --- the log-det ---

@@ -86,7 +86,7 @@ def _small_draws(graph: GraphModule) -> list[list[Node]]:
 
 
 def _is_small(node: Node) -> bool:
-    is_on_cpu = torch.device(node.kwargs.get("device") or "cpu").type == "cpu"  # type: ignore[arg-type]
+    is_on_cpu = torch.device(str(node.kwargs.get("device") or "cpu")).type == "cpu"
     return node.target is aten.randn.default and is_on_cpu and _numel(node) <= MOST_ONE_BY_ONE
 
 

@@ -275,10 +275,13 @@ def _compare(
 ) -> None:
     names = ["the loss", *(f"the gradient of {name!r}" for name in params)]
     for name, a, b in zip(names, expected, got, strict=True):
-        if a is None and b is None:
-            continue
         # A parameter that is not reached may have a gradient of zeros instead of none.
-        a, b = (torch.zeros_like(y) if x is None else x for x, y in ((a, b), (b, a)))  # type: ignore[arg-type]
+        if a is None:
+            if b is None:
+                continue
+            a = torch.zeros_like(b)
+        elif b is None:
+            b = torch.zeros_like(a)
         error = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
         # The operations are the same in the same order, except for fused kernels of some of them.
         eps = max(torch.finfo(b.dtype).eps, 1e-12)

@@ -173,9 +173,9 @@ def _unvalidated(fn: Any) -> Any:
     new_base = None if base is None else _unvalidated(base)
     if new_base is base and not fn._validate_args:
         return fn
-    new = copy.copy(fn)
+    new: Any = copy.copy(fn)
     if new_base is not base:
-        new.base_dist = new_base  # type: ignore[attr-defined]
+        new.base_dist = new_base
     if new._validate_args:
         new._validate_args = False
     return new

@@ -62,18 +62,21 @@ def check_shapes(name: str, density: Density, rows: Rows, like: Tensor) -> None:
     """Raises `ValueError` for rows and contexts that do not fit the density; numbers `(N)` become rows `(N, 1)`."""
     context_dim = density.context_dim
     first = rows.head(1)
-    if context_dim and first.context is None:
-        raise ValueError(
-            f"{name}: expected a context {(len(first.values), context_dim)} beside the rows, as this density depends on one"
-        )
-    if not context_dim and first.context is not None:
-        raise ValueError(f"{name}: expected no context for a density without context_dim")
-    if context_dim and first.context.shape[1:] != (context_dim,):  # type: ignore[union-attr]
-        got = tuple(first.context.shape[1:])  # type: ignore[union-attr]
-        raise ValueError(
-            f"{name} context: expected shape (N, {context_dim}), got (N, {', '.join(map(str, got))})"
-        )
-    at: Any = density if not context_dim else density.condition(first.context[:1].to(like))  # type: ignore[index]
+    if first.context is None:
+        if context_dim:
+            raise ValueError(
+                f"{name}: expected a context {(len(first.values), context_dim)} beside the rows, as this density depends on one"
+            )
+        at: Density = density
+    else:
+        if not context_dim:
+            raise ValueError(f"{name}: expected no context for a density without context_dim")
+        if first.context.shape[1:] != (context_dim,):
+            got = tuple(first.context.shape[1:])
+            raise ValueError(
+                f"{name} context: expected shape (N, {context_dim}), got (N, {', '.join(map(str, got))})"
+            )
+        at = density.condition(first.context[:1].to(like))
     if isinstance(rows, Table) and first.values.dim() == 1 and at.event_shape == (1,):
         rows.unsqueeze()
         first = rows.head(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +34,19 @@ class Batch(NamedTuple):
 
     def take(self, rows: Any) -> Batch:
         """Some of the rows."""
-        return Batch(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+        return self._map(lambda part: part[rows])
 
     def to(self, like: Tensor) -> Batch:
         """On the device and in the dtype of a tensor."""
-        return Batch(*(None if part is None else part.to(like) for part in self))  # type: ignore[arg-type]
+        return self._map(lambda part: part.to(like))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        values, context, weights = self
+        return Batch(
+            fn(values),
+            None if context is None else fn(context),
+            None if weights is None else fn(weights),
+        )
 
 
 # The rows of a batch of so many that one process of several takes.
@@ -48,22 +56,6 @@ Part = Callable[[int], slice]
 def whole(num: int) -> slice:
     """All rows."""
     return slice(num)
-
-
-class Rows(Protocol):
-    """Data that can be read many times."""
-
-    columns: list[str] | None
-    context_columns: list[str] | None
-
-    def epoch(self, batch_size: int, part: Part = whole) -> Iterator[Batch]:
-        """The rows in a new order, `part` of every batch; what is left over at the end is left out."""
-
-    def chunks(self, size: int) -> Iterator[Batch]:
-        """All rows in their order."""
-
-    def head(self, num: int) -> Batch:
-        """About so many rows, spread over the data where it is indexed."""
 
 
 class Table:
@@ -91,16 +83,19 @@ class Table:
         return Batch(*self.parts).take(rows)
 
     def epoch(self, batch_size: int, part: Part = whole) -> Iterator[Batch]:
+        """The rows in a new order, `part` of every batch; an incomplete batch at the end is left out."""
         size = min(batch_size, len(self))
         order = torch.randperm(len(self)).to(self.parts[0].device)
         for rows in order[: len(self) // size * size].split(size):
             yield self.take(rows[part(size)])
 
     def chunks(self, size: int) -> Iterator[Batch]:
+        """All rows in their order."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
     def head(self, num: int) -> Batch:
+        """About `num` rows, spread evenly over the data."""
         step = max(1, len(self) // num)
         return self.take(slice(0, step * num, step))
 
@@ -124,7 +119,7 @@ class Stream:
         self.name, self.batches, self.takes_context = name, batches, takes_context
 
     @property
-    def sampler(self) -> DistributedSampler | None:
+    def sampler(self) -> DistributedSampler[Any] | None:
         """The sampler of a loader that gives every process rows of its own."""
         sampler = getattr(self.batches, "sampler", None)
         return sampler if isinstance(sampler, DistributedSampler) else None
@@ -148,13 +143,19 @@ class Stream:
             raise ValueError(f"{self.name}: expected at least one batch, got none")
 
     def head(self, num: int) -> Batch:
+        """The first rows, `num` or a few more."""
         parts: list[Batch] = []
         for batch in self.chunks(num):
             parts.append(batch)
             if sum(len(part.values) for part in parts) >= num:
                 break
-        columns = zip(*parts, strict=True)
-        return Batch(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+        contexts = [part.context for part in parts if part.context is not None]
+        weights = [part.weights for part in parts if part.weights is not None]
+        return Batch(
+            torch.cat([part.values for part in parts]),
+            torch.cat(contexts) if contexts else None,
+            torch.cat(weights) if weights else None,
+        )
 
     def _batch(self, item: Any) -> Batch:
         """A batch of a loader: rows, or (rows, context) and (rows, context, weights) for a density with a context."""
@@ -190,6 +191,10 @@ class _Shuffled:
         order = torch.randperm(len(self.dataset)).tolist()
         for start in range(0, len(order) // size * size, size):
             yield self.collate([self.dataset[i] for i in order[start : start + size][part(size)]])
+
+
+# Data that can be read many times.
+Rows = Table | Stream
 
 
 def read_rows(
@@ -234,7 +239,7 @@ def split_rows(rows: Rows, share: float, batch_size: int) -> tuple[Rows, Rows | 
             return rows, None
         order = torch.randperm(len(rows))
         return rows.select(order[num:]), rows.select(order[:num])
-    source = rows.batches  # type: ignore[attr-defined]
+    source: Any = rows.batches
     dataset = getattr(source, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset) or not _is_plain(source):
         raise ValueError(
@@ -263,9 +268,10 @@ def split_rows(rows: Rows, share: float, batch_size: int) -> tuple[Rows, Rows | 
             DataLoader(subset, shuffle=shuffle and i == 0, **options)
             for i, subset in enumerate(subsets)
         ]
-    takes_context = rows.takes_context  # type: ignore[attr-defined]
-    return Stream("data", sources[0], takes_context), Stream(
-        "validation", sources[1], takes_context
+    train, validation = sources
+    return (
+        Stream("data", train, rows.takes_context),
+        Stream("validation", validation, rows.takes_context),
     )
 
 

@@ -196,7 +196,7 @@ class Run:
         if self.validation is None:
             return
         state = self.state
-        loss = self._validation_loss()
+        loss = self._validation_loss(self.validation)
         state.validation_steps.append(state.step)
         state.validation_losses.append(loss)
         self.num_worse += 1
@@ -207,12 +207,12 @@ class Run:
         self.trainer.evaluated(loss)
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
+    def _validation_loss(self, validation: Rows) -> float:
         self.density.eval()
         total, weight = 0.0, 0.0
         with torch.random.fork_rng([self.like.device] if self.like.is_cuda else []):
             torch.manual_seed(EVALUATION_SEED)
-            for whole in self.validation.chunks(max(self.settings.batch_size, 512)):  # type: ignore[union-attr]
+            for whole in validation.chunks(max(self.settings.batch_size, 512)):
                 batch = self._part(whole).to(self.like)
                 if not len(batch.values):
                     continue

@@ -87,7 +87,8 @@ class AnnealedELBO(ELBO):
                 'use Trace_ELBO, or term="likelihood"'
             )
         super().__init__(num_particles=elbo.num_particles)
-        self.elbo, self.schedule, self.term = elbo, schedule, term
+        self.elbo: Any = elbo  # Pyro's base class declares neither `loss` nor `loss_and_grads`
+        self.schedule, self.term = schedule, term
         self.steps = 0
 
     @property
@@ -106,19 +107,19 @@ class AnnealedELBO(ELBO):
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """The loss without annealing, β = 1."""
-        return self.elbo.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        return self.elbo.loss(model, guide, *args, **kwargs)
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The annealed loss of the present step, as a tensor."""
         model, guide = self._tempered(model, guide)
-        return self.elbo.differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """The annealed loss; adds its gradient to the parameters' and counts a step."""
         model, guide = self._tempered(model, guide)
-        loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
         self.advance()
         return loss
 

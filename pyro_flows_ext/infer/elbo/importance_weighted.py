@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled, torch_item
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
@@ -166,9 +167,9 @@ class ImportanceWeightedELBO(ELBO):
         self, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
         messenger = poutine.unwrap(guide)
-        if isinstance(messenger, Messenger):
+        if isinstance(messenger, GuideMessenger):
             guide(*args, **kwargs)
-            model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
+            model_trace, guide_trace = messenger.get_traces()
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=guide_trace)

@@ -91,18 +91,19 @@ class Trainer:
         if new:
             self.processes.copy(new)
         self.params += new
-        if self.optimizer is None:
-            self._make_optimizer(new)
+        optimizer = self.optimizer
+        if optimizer is None:
+            optimizer = self._make_optimizer(new)
         elif new:
             if self.scheduler is not None:
                 raise ValueError(
                     f"scheduler: expected all parameters at the first step, got {len(new)} later ones, which it would "
                     "leave out; use schedule= instead"
                 )
-            self.optimizer.add_param_group({"params": new})
+            optimizer.add_param_group({"params": new})
             self.base_lrs.append(self.base_lrs[0])
         self._set_rates(rate)
-        self.optimizer.step()  # type: ignore[union-attr]
+        optimizer.step()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
 
@@ -111,11 +112,12 @@ class Trainer:
         if isinstance(self.scheduler, ReduceLROnPlateau) and math.isfinite(loss):
             self.scheduler.step(loss)
 
-    def _make_optimizer(self, params: list[Tensor]) -> None:
-        self.optimizer = self.factory(params)
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+    def _make_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        self.optimizer = optimizer = self.factory(params)
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         if self.make_scheduler is not None:
-            self.scheduler = self.make_scheduler(self.optimizer)
+            self.scheduler = self.make_scheduler(optimizer)
+        return optimizer
 
     def _set_rates(self, rate: float) -> None:
         if self.optimizer is not None and self.scheduler is None:
@@ -156,8 +158,7 @@ class Trainer:
             p.copy_(saved)
         if state["optimizer"] is not None:
             self.params = params
-            self._make_optimizer(params)
-            self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
+            self._make_optimizer(params).load_state_dict(state["optimizer"])
         if state["scheduler"] is not None and self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
