@@ -17,6 +17,8 @@ from typing import Any
 import pyro
 import torch
 
+from ..infer.distributed import Processes
+
 # Code in these places is not the user's.
 LIBRARIES = {
     str(Path(str(place)).resolve())
@@ -112,11 +114,12 @@ def complain(message: str, code: int = 0) -> int:
 
 
 @contextmanager
-def warnings_in_one_line() -> Iterator[None]:
-    """Shows warnings as one line each, without the line of source."""
+def warnings_in_one_line(processes: Processes) -> Iterator[None]:
+    """Shows warnings as one line each, without the line of source, in the first process."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        complain(f"warning: {' '.join(str(message).split())}")
+        if processes.is_first:
+            complain(f"warning: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -37,6 +37,8 @@ def fit_command(args: argparse.Namespace, output: Output) -> None:
         spec.build(target.model)  # to refuse impossible options before anything else happens
         check_finite_log_joint(target.model, kwargs=data)
     result = _train(target, data, spec, args, num_steps=args.steps)
+    if not output.is_mine:
+        return
     file = None if args.data is None else str(args.data.resolve())
     report = _report(target, result, spec, data, args)
     guide: Any = result.guide

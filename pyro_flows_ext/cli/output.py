@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..files import remove_unfinished, write_atomically, write_together
+from ..infer.distributed import Processes
 from .failures import failing_with, one_line
 
 # In the directory of fit and density; gone when a run is finished.
@@ -23,10 +24,13 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Output:
-    """Files of one run. `written`: their names; `failed`: why others could not be made."""
+    """Files of one run. `written`: their names; `failed`: why others could not be made.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    `is_mine`: whether this process writes, as the first of several does.
+    """
+
+    def __init__(self, directory: Path, is_mine: bool = True):
+        self.directory, self.is_mine = directory, is_mine
         self.written: list[str] = []
         self.failed: dict[str, str] = {}
 
@@ -59,12 +63,15 @@ class Output:
 
 
 @contextmanager
-def output_in(directory: Path) -> Iterator[Output]:
+def output_in(directory: Path, processes: Processes) -> Iterator[Output]:
     """An `Output` in a directory, made if it is new, and removed again where nothing came of it.
 
     Unfinished files of killed runs are removed. A directory that cannot be written to is bad input, before any work
-    is done.
+    is done. All of this is up to the first of several processes.
     """
+    if not processes.is_first:
+        yield Output(directory, is_mine=False)
+        return
     with failing_with(2, OSError):
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))

@@ -15,6 +15,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from ...programs import Program, recorded_parameters
+from ..distributed import count_processes
 from .call import Call, read_arguments
 from .program import Backend, StepProgram
 from .signature import CompiledSignature
@@ -46,6 +47,7 @@ class CompiledSVI:
     Raises:
         TypeError: if `loss` is not a Pyro ELBO.
         ValueError: if `steps_per_call` is not a positive integer.
+        RuntimeError: on several processes, started by `torchrun`.
 
     Example:
         >>> svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())  # doctest: +SKIP
@@ -66,6 +68,12 @@ class CompiledSVI:
             raise TypeError(f"loss: expected a pyro.infer.ELBO, got a {type(loss).__name__}")
         if int(steps_per_call) != steps_per_call or steps_per_call < 1:
             raise ValueError(f"steps_per_call: expected a positive integer, got {steps_per_call!r}")
+        if (num := count_processes()) > 1:
+            # The update is part of the graph, so that every process would train on by itself.
+            raise RuntimeError(
+                f"CompiledSVI: expected one process, got {num}; fit(model, guide, ..., num_steps=...) averages gradients "
+                "over processes. Start independent runs without torchrun"
+            )
         self.model, self.guide, self.optim = model, guide, optim
         self.loss: Any = loss
         self.steps_per_call, self.backend = int(steps_per_call), backend

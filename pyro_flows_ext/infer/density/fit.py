@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...distributions import Density
 from .._loop import OptimFactory, SchedulerFactory, seeded, warn_of_skipped
+from ..distributed import Processes, find_processes
 from ..training import checkpoint as files
-from ..training.distributed import Processes, find_processes
 from .prepare import read, set_units, split
 from .result import DensityFitResult, joined, result_of
 from .rows import Rows, Table

@@ -309,7 +309,7 @@ def _from_numpy(name: str, data: Any) -> Tensor:
             raise TypeError(f"{name}: expected numbers, got an array of objects: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name}: expected real numbers, got an array of {array.dtype}")
-    if array.dtype.kind == "u" or array.dtype.itemsize > 8:
+    if (array.dtype.kind == "u" and array.dtype.itemsize > 1) or array.dtype.itemsize > 8:
         array = array.astype(np.float64)  # torch has few operations on these
     if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))

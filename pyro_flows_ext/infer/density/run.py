@@ -16,8 +16,8 @@ from torch import Tensor
 from ...distributions import Density
 from .._adam import Adam
 from .._loop import OptimFactory
+from ..distributed import Processes
 from ..training import checkpoint as files
-from ..training.distributed import Processes
 from ..training.progress import Progress
 from ..training.steps import take_steps
 from ..training.trainer import Trainer

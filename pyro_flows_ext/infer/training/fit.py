@@ -32,10 +32,10 @@ from ...programs import (
     vectorization_error,
 )
 from .._loop import OptimFactory, SchedulerFactory, seeded
+from ..distributed import Processes, find_processes
 from ..elbo import ImportanceWeightedELBO
 from ..importance import model_first
 from ..warm_start import Mode, whiten_at_posterior
-from .distributed import Processes, find_processes
 from .enlarge import fit_enlarging
 from .objectives import ELBOObjective, Objective, PathObjective
 from .options import options_of
@@ -152,13 +152,14 @@ def _fit_one(
         log_joint = LogJoint(model, args, kwargs, latents=flow.latents)
     processes = find_processes()
     path = options.checkpoint
+    is_resumed = resume and path is not None and os.path.exists(path)
     if processes.count > 1:
-        processes.start(guide, {name: getattr(options, name) for name in AGREED})
+        agreed = {name: getattr(options, name) for name in AGREED}
+        processes.start(guide, {**agreed, "checkpoint": is_resumed})
     run = Run(model, guide, args, kwargs, options, processes)
     run.modes = list(modes)
     if path is not None and processes.is_first:
         remove_unfinished(Path(path).parent)
-    is_resumed = resume and path is not None and os.path.exists(path)
     is_placed = False
     if not is_resumed and isinstance(guide, FlowGuide):
         is_untrained = is_new or guide.is_untrained

@@ -18,9 +18,9 @@ from pyro.optim import PyroOptim
 
 from ...programs import Program, nonfinite_ignored
 from .._loop import OptimFactory, SchedulerFactory, decay, warn_of_skipped
+from ..distributed import Processes
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
-from .distributed import Processes
 from .objectives import Objective, PathObjective
 from .posterior import Posterior
 from .progress import Progress
@@ -145,13 +145,16 @@ class Run:
 
         self.announce("training")
         self._take(num_steps, rate_at, on_step)
-        if self.check is None:
-            return "fixed", False
+        with self.processes.alike():
+            is_trusted = self._judge_fixed()
+        return "fixed", bool(self.processes.of_first(is_trusted))
+
+    def _judge_fixed(self) -> bool:
         result = self._weigh()
-        if result is not None and options.refine is True:
-            self.announce("refining")
-            return "fixed", self.check.is_trusted(result, last=True)
-        return "fixed", False
+        if self.check is None or result is None or self.options.refine is not True:
+            return False
+        self.announce("refining")
+        return self.check.is_trusted(result, last=True)
 
     def _take(
         self, num_steps: int, rate_at: Callable[[int], float], on_step: Callable[[], None]

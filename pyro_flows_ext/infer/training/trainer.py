@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from .._adam import Adam
 from .._loop import OptimFactory, SchedulerFactory
 from ..compiled import CompiledTraining, UnsupportedForCompilation
-from .distributed import Processes
+from ..distributed import Processes
 from .objectives import ELBOObjective, Objective
 from .timing import Timing
 

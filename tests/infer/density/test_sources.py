@@ -8,8 +8,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_flows_ext.transforms as T
-from pyro_flows_ext.distributions import FlowDistribution
+from pyro_flows_ext.distributions import Dequantized, FlowDistribution
 from pyro_flows_ext.infer import fit_density
+from pyro_flows_ext.infer.density.rows import read_rows
 
 OPTIONS = {"num_steps": 8, "batch_size": 50, "lr": 0.02, "seed": 0, "progress": False}
 X = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
@@ -88,6 +89,22 @@ def test_the_rows_of_a_file_are_read_as_they_are_used(tmp_path):
     fit_density(density, data, **OPTIONS)
     assert np.array_equal(before, data)
     assert not data.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "float32", "float64"])
+def test_a_mapped_file_is_not_copied(kind, tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(40).reshape(20, 2).astype(kind))
+    data = np.load(tmp_path / "x.npy", mmap_mode="r")
+    rows = read_rows("data", data, None, None, False, 10)
+    assert rows.parts[0].data_ptr() == data.ctypes.data
+    assert rows.take(slice(3, 5)).values.tolist() == [[6, 7], [8, 9]]
+
+
+def test_rows_of_bytes_train_as_numbers():
+    x = (X.abs() * 20).clamp(max=255).floor()
+    expected = fit_density(Dequantized(flow(), num_levels=256), x, **OPTIONS)
+    found = fit_density(Dequantized(flow(), num_levels=256), x.numpy().astype("uint8"), **OPTIONS)
+    torch.testing.assert_close(found.losses, expected.losses)
 
 
 STREAMS = {

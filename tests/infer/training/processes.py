@@ -140,12 +140,25 @@ def resumed(folder):
 
 
 def killed(folder):
+    """The second process is killed as soon as there is a checkpoint."""
+
     def callback(state):
-        if state.step == 10 and os.environ.get("RANK", "0") == "1":
+        if os.environ.get("RANK", "0") == "1" and (folder / "run.pt").exists():
+            (folder / "killed.json").write_text(json.dumps([time.time(), state.step]))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    (folder / "begin.json").write_text(json.dumps(time.time()))
-    return table(folder, callback=callback, checkpoint=folder / "run.pt", num_steps=10**6)
+    options = {"checkpoint": folder / "run.pt", "patience": None, "num_steps": 10**6}
+    return table(folder, callback=callback, **options)
+
+
+def revived(folder):
+    """Goes on from that checkpoint, to the next evaluation."""
+
+    def callback(state):
+        state.stop = True
+
+    options = {"checkpoint": folder / "run.pt", "patience": None, "num_steps": 10**6}
+    return table(folder, callback=callback, resume=True, **options)
 
 
 def other(folder):

@@ -93,7 +93,8 @@ class Group(Processes):
         self.device = torch.device("cuda" if nccl else "cpu")
 
     def start(self, module: Any, agreed: dict[str, Any]) -> None:
-        if dist.get_backend() != "nccl":
+        # The only backend with this barrier, which names the process that does not call; elsewhere the next message waits.
+        if dist.get_backend() == "gloo":
             self._together(lambda: dist.monitored_barrier(timeout=PATIENCE))
         found: list[Any] = [None] * self.count
         self._together(lambda: dist.all_gather_object(found, agreed))
@@ -183,13 +184,20 @@ class Group(Processes):
             ) from error
 
 
+def count_processes() -> int:
+    """The number of processes of this run, without a connection to them."""
+    if not dist.is_available():
+        return 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+
+
 def find_processes() -> Processes:
     """The processes of this run: those of `torch.distributed` where it is set up, or where `torchrun` started them."""
-    if not dist.is_available():
+    if count_processes() == 1:
         return Processes()
     if not dist.is_initialized():
-        if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes()
         both = "cpu:gloo,cuda:nccl"
         dist.init_process_group(both if torch.cuda.is_available() else "gloo")
-    return Group() if dist.get_world_size() > 1 else Processes()
+    return Group()
