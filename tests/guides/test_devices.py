@@ -55,7 +55,8 @@ def loss_of(guide, model, y):
     return trace.log_prob_sum() - joint.log_prob_sum()
 
 
-@pytest.mark.parametrize("name", list(GUIDES))
+# The Hamiltonian guide holds the data of its setup, in the potential.
+@pytest.mark.parametrize("name", [name for name in GUIDES if name != "hamiltonian"])
 def test_a_step_of_a_guide_stays_on_the_device(name):
     _check(GUIDES[name](model), model)
 
@@ -73,6 +74,7 @@ def _check(guide, model):
             return fake.from_tensor(tensor.detach()).to("meta")
 
         guide._apply(to_fake)
+        pyro.clear_param_store()  # it holds the parameters before the move
         loss = loss_of(guide, model, to_fake(Y))
         assert loss.device.type == "meta"
         loss.backward()
@@ -97,8 +99,9 @@ def test_a_guide_trains_on_a_gpu(name):
 @ON_GPU
 def test_fit_is_trusted_on_a_gpu():
     y = Y.cuda()
-    result = pf.fit(model, pf.AutoIAF(model), y, progress=False, seed=0)
+    result = pf.fit(model, pf.AutoIAF(model), y, refine=True, progress=False, seed=0)
     assert result.trusted
+    assert pf.refine(model, result.guide, y, seed=0).samples["loc"].is_cuda
     assert result.sample(10)["loc"].is_cuda
 
 
