@@ -406,15 +406,15 @@ def test_resume_goes_on_from_the_checkpoint(
 ) -> None:
     monkeypatch.setattr("pyro_flows_ext.infer.training.checkpoint.SAVE_SECONDS", 0.0)
     out = model_file.with_name("results")
-    options = [*QUICK, "--steps", 200, "--checkpoint", "--output", out]
+    options = [*QUICK, "--steps", 60, "--checkpoint", "--output", out]
     assert run(*fit_mine(model_file, "interrupted", *options)).code == 130
     assert (out / "checkpoint.pt").exists()
     first = json.loads((out / "fit.json").read_text())["steps"]
-    assert 0 < first < 200
+    assert 0 < first < 60
     model_file.write_text(MODEL.replace("STOP = 30", "STOP = None"))
     assert run(*fit_mine(model_file, "interrupted", *options, "--resume")).code == 0
     report = json.loads((out / "fit.json").read_text())
-    assert (report["status"], report["steps"]) == ("finished", 200)
+    assert (report["status"], report["steps"]) == ("finished", 60)
     assert not (out / "checkpoint.pt").exists()
 
 

@@ -85,9 +85,9 @@ def test_particles_without_density_are_left_out():
         with pyro.plate("data", 3):
             z = pyro.sample("z", dist.Normal(LOC, SCALE).to_event(1))
             pyro.factor(
-                "wall", torch.where(z[..., 0] > LOC[:, 0] + 8 * SCALE[:, 0], torch.nan, 0.0)
+                "wall", torch.where(z[..., 0] > LOC[:, 0] + 4 * SCALE[:, 0], torch.nan, 0.0)
             )
 
-    q = LocalGaussian(LOC + 8 * SCALE, SCALE)  # half of the draws are beyond the wall
-    maximise(LocalDensity(walled, plates=("data",)), q, num_particles=16, max_steps=1000)
+    q = LocalGaussian(LOC + 4 * SCALE, SCALE)  # half of the draws are beyond the wall
+    maximise(LocalDensity(walled, plates=("data",)), q, num_particles=16, max_steps=500)
     torch.testing.assert_close(q.loc.detach(), LOC, rtol=0.0, atol=0.1)

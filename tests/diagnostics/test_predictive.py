@@ -120,6 +120,7 @@ def test_wrong_arguments_are_named(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_a_conditional_density_end_to_end():
     """y | x ~ N(sin x, (0.1 + 0.2 |x|)²): fit, score, draw, quantiles, calibration."""
     x = 4 * torch.rand(3000, 1) - 2

@@ -238,7 +238,10 @@ def linear(num=1000, seed=0, scale=1.0, offset=0.0):
     return y, offset + scale * c
 
 
-@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e4, 3e5)], ids=["unit", "far"])
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [pytest.param(1.0, 0.0, id="unit", marks=pytest.mark.slow), pytest.param(1e4, 3e5, id="far")],
+)
 @pytest.mark.parametrize("kind", ["tensor", "array", "frame", "dataset", "loader", "tensors"])
 def test_conditional_densities_learn_from_any_pair(kind, scale, offset):
     y, c = linear(scale=scale, offset=offset)
