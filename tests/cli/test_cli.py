@@ -221,8 +221,10 @@ def test_sample_from_the_trained_guide(kind: str, model_file: Path, run: Run) ->
     assert draws.std() == pytest.approx(sd, rel=0.3)
 
 
-def test_sample_built_in(eight_schools: tuple[Path, str], tmp_path: Path, run: Run) -> None:
-    fitted, _ = eight_schools
+@pytest.mark.usefixtures("no_pictures")
+def test_sample_built_in(tmp_path: Path, run: Run) -> None:
+    fitted = tmp_path / "results"
+    assert run("fit", "eight-schools", *TINY, "--output", fitted).code == 0
     files = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
         files.append(tmp_path / "draws" / f"{name}.npz")
