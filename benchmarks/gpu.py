@@ -70,7 +70,8 @@ def maximum_likelihood(
 
     def step() -> None:
         optimizer.zero_grad()
-        (-log_prob(x).mean()).backward()
+        # Another tensor at each step: caches of others go by the identity of the last one.
+        (-log_prob(x.clone()).mean()).backward()
         optimizer.step()
 
     return step

@@ -3,13 +3,13 @@
     python benchmarks/scale.py
 
 Trains NSF and RealNVP by Adam on every combination of `DIMS`, `DEPTHS` and `BATCHES` (two hidden layers of 64), and prints CPU
-milliseconds a step, MiB that a step adds to the process at its peak, and parameters. Then fits by least
-squares, in logarithms,
+milliseconds a step, MiB that a step adds to the process at its peak, and parameters. Then fits by
+least squares, from the difference between the two depths,
 
-    milliseconds of a layer = c · batch^a · dim^b        (of the largest depth less the smallest)
-    MiB of activations of a layer = c' · batch · dim      (likewise)
+    milliseconds of a layer = c0 + c1 · batch + c2 · batch · dim
+    bytes of activations of a layer and row = m0 + m1 · dim
 
-One thread. CPU time is that of the process, so that other programs matter less.
+One thread. CPU time is that of the process, the least of `--repeats`, so that other programs matter less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import statistics
 import time
 
 import numpy as np
@@ -53,7 +52,7 @@ def measure(name: str, dim: int, depth: int, repeats: int) -> list[dict[str, flo
         before = status("VmHWM")
         step(x)
         added = status("VmHWM") - before
-        seconds = statistics.median(step(x) for _ in range(repeats))
+        seconds = min(step(x) for _ in range(repeats))
         num = sum(p.numel() for p in flow.parameters())
         rows.append({"flow": name, "dim": dim, "depth": depth, "batch": batch})
         rows[-1] |= {"ms": 1e3 * seconds, "mib": added, "parameters": num}
@@ -65,22 +64,25 @@ def fit(found: list[dict[str, float]]) -> None:
     """The laws, from the difference of the two depths."""
     by_key = {(r["flow"], r["dim"], r["depth"], r["batch"]): r for r in found}
     few, many = min(DEPTHS), max(DEPTHS)
+
+    def a_layer(name: str, key: str, dim: int, batch: int) -> float:
+        less, more = (by_key[name, dim, depth, batch][key] for depth in (few, many))
+        return (more - less) / (many - few)
+
     for name in FLOWS:
-        cells = []
-        for dim in DIMS:
-            for batch in BATCHES:
-                a, b = by_key[name, dim, few, batch], by_key[name, dim, many, batch]
-                ms, mib = ((b[key] - a[key]) / (many - few) for key in ("ms", "mib"))
-                cells.append((dim, batch, ms, mib))
-        dims, batches, ms, mib = np.array(cells).T
-        design = np.stack([np.ones(len(cells)), np.log(batches), np.log(dims)], 1)
-        law, *_ = np.linalg.lstsq(design, np.log(ms), rcond=None)
-        off = np.exp(np.abs(np.log(ms) - design @ law).max())
-        numbers = batches * dims
-        memory = (mib * numbers).sum() / (numbers**2).sum()
+        cells = [(dim, batch) for dim in DIMS for batch in BATCHES]
+        ms = np.array([a_layer(name, "ms", *cell) for cell in cells])
+        design = np.array([[1.0, batch / 1e3, batch * dim / 1e6] for dim, batch in cells])
+        # Relative errors: the largest cell takes a hundred times as long as the smallest.
+        law, *_ = np.linalg.lstsq(design / ms[:, None], np.ones(len(ms)), rcond=None)
+        off = np.abs(design @ law / ms - 1).max()
+        # Small tensors come from memory that was freed before, and do not show.
+        rows = max(BATCHES)
+        size = np.array([a_layer(name, "mib", dim, rows) * 2**20 / rows for dim in DIMS])
+        memory, *_ = np.linalg.lstsq(np.array([[1.0, dim] for dim in DIMS]), size, rcond=None)
         print(
-            f"{name}: {np.exp(law[0]):.2g} ms · batch^{law[1]:.2f} · dim^{law[2]:.2f} a layer, within a factor of {off:.2f}; "
-            f"{memory * 2**20:.0f} bytes a layer, row and column"
+            f"{name}: {law[0]:.2f} ms + {law[1]:.2f} ms · batch / 10³ + {law[2]:.1f} ms · batch · dim / 10⁶ a layer, within "
+            f"{off:.0%}; {memory[0]:.0f} + {memory[1]:.0f} · dim bytes a layer and row"
         )
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     # Memory that is freed goes back to the system at once, so that the peak is that of live tensors.
