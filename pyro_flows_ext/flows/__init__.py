@@ -83,7 +83,7 @@ FLOWS = {
     "nsf": _preset(NSF, "nsf"),
     "nsf-ar": Flow(
         NSF,
-        "autoregressive splines (Durkan et al. 2019); draws in sweeps",
+        "autoregressive splines (Durkan et al. 2019); draws variable by variable",
         {"kind": "autoregressive", "num_layers": 3},
     ),
     "circular-nsf": _preset(CircularNSF, "circular-nsf"),

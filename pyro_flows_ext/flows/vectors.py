@@ -39,7 +39,7 @@ def NSF(
         num_layers: number of spline layers.
         hidden_dims: widths of the networks.
         base: distribution of vectors `(D)`, or a module that returns one; N(0, I) by default.
-        kind: "coupling", or "autoregressive", which draws in sweeps.
+        kind: "coupling", or "autoregressive", which draws variable by variable.
         num_bins, bound: as in `transforms.RationalQuadratic`.
         linear: whether there are linear layers.
         options: as in `transforms.nsf`.
@@ -84,7 +84,7 @@ def MAF(
 ) -> FlowDistribution:
     """Masked autoregressive flow: affine autoregressive layers in alternating order. Exact.
 
-    Scores take one network pass a layer, draws take sweeps (see `transforms.Autoregressive`).
+    Scores take one network pass a layer, draws go variable by variable (see `transforms.Autoregressive`).
 
     Args:
         event_shape, context_dim, num_layers, hidden_dims, base: as in `NSF`.
@@ -119,8 +119,8 @@ def IAF(
 ) -> FlowDistribution:
     """Inverse autoregressive flow: affine autoregressive layers in the orientation of guides. Exact.
 
-    Draws and their scores take one network pass a layer; scores of other values take sweeps. `MAF` is the orientation
-    for data.
+    Draws and their scores take one network pass a layer; scores of other values go variable by variable. `MAF` is
+    the orientation for data.
 
     Args:
         event_shape, context_dim, num_layers, hidden_dims, base: as in `NSF`.

@@ -43,10 +43,13 @@ PRESETS = {
         circular_nsf, 4, 4, "spline couplings of angles (Rezende et al. 2020)", is_circular=True
     ),
     "maf": Preset(
-        maf, 5, 2, "affine autoregressive layers (Papamakarios et al. 2017); draws in sweeps"
+        maf,
+        5,
+        2,
+        "affine autoregressive layers (Papamakarios et al. 2017); draws variable by variable",
     ),
     "iaf": Preset(
-        iaf, 2, 2, "inverse autoregressive layers (Kingma et al. 2016); scores in sweeps"
+        iaf, 2, 2, "inverse autoregressive layers (Kingma et al. 2016); scores variable by variable"
     ),
     "realnvp": Preset(realnvp, 8, 8, "affine couplings (Dinh et al. 2017)"),
     "nice": Preset(nice, 4, 4, "additive couplings (Dinh et al. 2014)"),

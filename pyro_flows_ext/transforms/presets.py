@@ -131,8 +131,8 @@ def nsf(
     """Neural spline flow: layers of rational-quadratic splines with LU linear layers between them.
 
     Exact. "coupling" (RQ-NSF (C)) takes one network pass a layer in both directions; "autoregressive" (RQ-NSF (AR)) one
-    pass from the data to the base, and sweeps to sample, as in `maf`. The linear layers start at the identity, and halves or
-    orders alternate.
+    pass from the data to the base, and samples variable by variable, as `maf` does. The linear layers start at the
+    identity, and halves or orders alternate.
 
     Args:
         input_dim: D. In one dimension autoregressive layers replace the couplings, which need two.
@@ -233,8 +233,8 @@ def maf(
 ) -> ComposeFlow:
     """Masked autoregressive flow: affine autoregressive layers, in alternating order, fast from the data to the base.
 
-    Exact. log_prob takes one network pass a layer, sampling takes sweeps: see `Autoregressive`. For data; `iaf` is
-    the orientation for guides.
+    Exact. log_prob takes one network pass a layer, sampling goes variable by variable: see `Autoregressive`. For
+    data; `iaf` is the orientation for guides.
 
     Args:
         input_dim: D.
@@ -262,8 +262,8 @@ def iaf(
 ) -> ComposeFlow:
     """Inverse autoregressive flow: affine autoregressive layers, in alternating order, fast from the base to the data.
 
-    Exact. Sampling, and scoring the last sample, takes one network pass a layer; scoring other values takes sweeps:
-    see `Autoregressive`. For guides; `maf` is the orientation for data.
+    Exact. Sampling, and scoring the last sample, takes one network pass a layer; scoring other values goes variable by
+    variable: see `Autoregressive`. For guides; `maf` is the orientation for data.
 
     Args:
         input_dim: D.
