@@ -57,6 +57,8 @@ python_use_unqualified_type_names = True
 suppress_warnings = ["ref.python"]
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+# Arguments that are described together stay together; otherwise each repeats the text of all.
+napoleon_use_param = False
 napoleon_use_ivar = True
 
 # Notebooks lie beside docs/; Sphinx reads files below it alone.
