@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 from typing_extensions import Self
 
-from ..ops import broadcast_shapes, check_tensor
+from ..ops import broadcast_shapes, not_a_tensor
 from ..transforms import ComposeFlow, FlowTransform, Standardize
 from ..transforms.base import forget_param_store
 from .tensors import map_tensors
@@ -189,7 +189,8 @@ class Density(TorchDistribution, nn.Module):
 
     def _check_value(self, value: Tensor) -> Size:
         """The batch shape of a value to be scored. Raises `ValueError` or `TypeError` for one that does not fit."""
-        check_tensor("value", value)
+        if not isinstance(value, Tensor):
+            raise not_a_tensor("value", value)
         event = self.event_shape
         cut = value.dim() - len(event)
         if cut < 0 or value.shape[cut:] != event:

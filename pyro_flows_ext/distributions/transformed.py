@@ -9,7 +9,7 @@ from pyro.distributions import Independent
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
-from ..ops import broadcast_shapes, check_tensor
+from ..ops import broadcast_shapes, not_a_tensor
 from ..transforms import Standardize
 from .base import Density, is_real
 from .tensors import map_tensors
@@ -62,7 +62,8 @@ class TransformedDensity(Density):
 
     def _context_to_layers(self, context: Tensor) -> Tensor:
         """A context in the units of the layers."""
-        check_tensor("context", context)
+        if not isinstance(context, Tensor):
+            raise not_a_tensor("context", context)
         if self.context_standardization is None:
             return context
         return self.context_standardization.forward_and_ladj(context)[0]

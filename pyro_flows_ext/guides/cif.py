@@ -15,6 +15,7 @@ from typing_extensions import Self, Unpack
 from ..distributions.indexed_layer import IndexedLayer
 from ..ops import check_positive
 from ..transforms import ComposeFlow, FlowTransform, Whitening, iaf, maf, nsf, realnvp
+from ..transforms.presets import has_constant_networks
 from ._augmented import AugmentedFlow, AugmentedGuide
 from .base import GuideOptions
 from .flows import FlowFactory
@@ -134,10 +135,10 @@ def _make_layers(
     index_hidden_dims: Sequence[int],
 ) -> list[IndexedLayer]:
     if isinstance(transform, str):
-        # Presets of one latent have no hidden layers by default. An indexed flow keeps them: without, it reached separate
-        # modes in too few of its steps.
-        widths = (64, 64) if hidden_dims is None and input_dim == 1 else hidden_dims
-        steps = STEPS[transform](input_dim, num_layers=num_layers, hidden_dims=widths)
+        if hidden_dims is None and has_constant_networks(input_dim):
+            # Without hidden layers, an indexed flow reached separate modes in too few of its steps.
+            hidden_dims = (64, 64)
+        steps = STEPS[transform](input_dim, num_layers=num_layers, hidden_dims=hidden_dims)
     else:
         steps = [transform(input_dim) for _ in range(num_layers)]
     return [IndexedLayer(f, input_dim, index_dim, index_hidden_dims) for f in steps]

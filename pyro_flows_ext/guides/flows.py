@@ -25,6 +25,7 @@ from ..transforms import (
     sylvester,
 )
 from ..transforms.by_name import PRESETS
+from ..transforms.presets import has_constant_networks
 from ._neutra import called_by_neutra, for_neutra
 from .base import FlowGuide, GuideOptions
 from .tails import BASE_DF, base_distribution, layers_behind
@@ -46,8 +47,8 @@ def _networked(
     input_dim: int,
     **options: Any,
 ) -> FlowTransform:
-    """The preset, without hidden layers for one latent, where they only multiply the rate: see docs/design.md."""
-    widths = None if input_dim == 1 else hidden_dims
+    """The preset, without hidden layers where `has_constant_networks`, whatever widths are given."""
+    widths = None if has_constant_networks(input_dim) else hidden_dims
     return preset(input_dim, hidden_dims=widths, **options)
 
 

@@ -7,8 +7,8 @@ from .checks import (
     check_event_dim,
     check_positive,
     check_same_dtype,
-    check_tensor,
     find_event_shape,
+    not_a_tensor,
     read_event_shape,
 )
 from .circular_splines import circular_rq_spline, wrap
@@ -43,7 +43,6 @@ __all__ = [
     "check_event_dim",
     "check_positive",
     "check_same_dtype",
-    "check_tensor",
     "circular_rq_spline",
     "contraction_inverse",
     "conv_norm_bound",
@@ -59,6 +58,7 @@ __all__ = [
     "monotone_root",
     "neumann_log_det",
     "normal_scores",
+    "not_a_tensor",
     "orthonormal_columns",
     "pareto_smooth",
     "quantiles",

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 
-def check_tensor(name: str, x: Any) -> None:
-    """Raises `TypeError` for an array, a DataFrame or a list in place of a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor, got a {type(x).__name__}; convert it by torch.as_tensor(numpy.asarray({name}), "
-            "dtype=torch.get_default_dtype())"
-        )
+def not_a_tensor(name: str, x: Any) -> TypeError:
+    """The error for an array, a DataFrame or a list in place of a tensor."""
+    return TypeError(
+        f"{name}: expected a tensor, got a {type(x).__name__}; convert it by torch.as_tensor(numpy.asarray({name}), "
+        "dtype=torch.get_default_dtype())"
+    )
 
 
 def check_event(name: str, x: Tensor, shape: int | Sequence[int]) -> None:
     """Raises `ValueError` unless x has shape `(*, shape)` and a floating-point dtype."""
-    check_tensor(name, x)
+    if not isinstance(x, Tensor):
+        raise not_a_tensor(name, x)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if x.shape[-len(shape) :] != shape:
         raise ValueError(

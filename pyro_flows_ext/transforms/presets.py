@@ -327,6 +327,15 @@ def _couplings(
     return [make(flip=flip) for flip in _flips(num_layers)]
 
 
+def has_constant_networks(input_dim: int, context_dim: int = 0) -> bool:
+    """Whether the networks of autoregressive layers have no input: one variable without a context.
+
+    Hidden layers then only reparameterise the biases of the last. Adam, which moves each weight by its rate, moves the
+    outputs some 30 times as fast through two hidden layers of 64.
+    """
+    return input_dim == 1 and not context_dim
+
+
 def _autoregressives(
     input_dim: int,
     num_layers: int,
@@ -335,9 +344,7 @@ def _autoregressives(
     **options: Any,
 ) -> list[Autoregressive]:
     """Forwards and backwards in turn: the last variable in one layer, which all others feed, is the first in the next."""
-    if input_dim == 1 and not context_dim and hidden_dims is None:
-        # The network has no input, so that hidden layers only reparameterise its biases. Adam, which moves each weight by
-        # its rate, would move the parameters some 30 times as fast through two hidden layers of 64.
+    if hidden_dims is None and has_constant_networks(input_dim, context_dim):
         hidden_dims = ()
     make: Callable[..., Autoregressive] = partial(
         Autoregressive, input_dim, hidden_dims, context_dim=context_dim, **options

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...programs import Program, traces_of, vectorization_error
 from .path_gradients import CutMessenger, has_parameters, through_draws
-from .weights import Weights, check_latents, importance_weights
+from .weights import Weights, check_reparameterized, importance_weights
 
 GRADIENTS = ("iwae", "stl", "dreg")
 
@@ -174,7 +174,7 @@ class ImportanceWeightedELBO(ELBO):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=guide_trace)
             model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        check_latents(model_trace, guide_trace)
+        check_reparameterized(model_trace, guide_trace)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
@@ -193,7 +193,7 @@ class ImportanceWeightedELBO(ELBO):
         if isinstance(poutine.unwrap(guide), Messenger):
             return
         with torch.random.fork_rng(devices=[]):
-            check_latents(*traces_of(model, guide, args, kwargs))
+            check_reparameterized(*traces_of(model, guide, args, kwargs))
         reason = vectorization_error(model, guide, args, kwargs)
         if reason is not None:
             raise ValueError(

@@ -92,7 +92,7 @@ class _Term:
         return self.value.sum(dims, keepdim=True) if dims else self.value
 
 
-def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
+def check_reparameterized(model_trace: Trace, guide_trace: Trace) -> None:
     """Raises `ValueError` for a latent without reparameterised draws or with a bound for log q, or one that the guide leaves out."""
     for site in _sites(guide_trace):
         fn, name = site["fn"], site["name"]

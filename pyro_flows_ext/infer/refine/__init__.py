@@ -4,17 +4,17 @@ from .adaptation import Tuning
 from .chains import ChainResult, run_chains
 from .coordinates import Start, start_at
 from .drift import Drift, drift_from, drift_within
-from .modes import Mode, uncovered
+from .modes import UncoveredMode, uncovered
 from .refine import refine, refine_density, verify
 from .result import RefineResult
 
 __all__ = [
     "ChainResult",
     "Drift",
-    "Mode",
     "RefineResult",
     "Start",
     "Tuning",
+    "UncoveredMode",
     "drift_from",
     "drift_within",
     "refine",

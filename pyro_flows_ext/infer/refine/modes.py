@@ -17,8 +17,8 @@ MAX_DEFICIT = 5.0
 
 
 @dataclass(frozen=True)
-class Mode:
-    """A local maximum of a log joint.
+class UncoveredMode:
+    """A local maximum of a log joint where the guide has too little density.
 
     Attributes:
         point: unconstrained latents `(D)`.
@@ -52,7 +52,7 @@ def uncovered(
     *,
     min_share: float = MIN_SHARE,
     max_deficit: float = MAX_DEFICIT,
-) -> list[Mode]:
+) -> list[UncoveredMode]:
     """The modes with a real share of the mass where the guide's density is far below what they deserve, largest first.
 
         deficit = log p(mode) - log Σ_k exp(log_mass_k) - log q(mode)
@@ -85,7 +85,9 @@ def uncovered(
     share = (log_mass - total).exp()
     deficit = log_joint.double() - total - guide_log_prob(points).double()
     return [
-        Mode(points[k], float(log_joint[k]), float(log_mass[k]), float(share[k]), float(deficit[k]))
+        UncoveredMode(
+            points[k], float(log_joint[k]), float(log_mass[k]), float(share[k]), float(deficit[k])
+        )
         for k in share.argsort(descending=True).tolist()
         if share[k] >= min_share and not deficit[k] <= max_deficit
     ]
