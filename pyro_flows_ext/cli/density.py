@@ -13,7 +13,7 @@ import torch
 
 from ..datasets import Rows, Split, load_rows, split_rows, table_bytes
 from ..diagnostics import pit, plots_density, rank_histogram
-from ..diagnostics.scores import Score, gaussian_score, score, standard_error
+from ..diagnostics.scores import Comparison, compare_to_gaussian, mean_and_se, score
 from ..diagnostics.summary import print_table
 from ..distributions import Density, Dequantized
 from ..flows import FLOWS
@@ -28,31 +28,19 @@ MIN_CALIBRATION = 50
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained density, how training went, and how the test rows score by it and by a Gaussian."""
+    """A trained density, how training went, and how the test rows score."""
 
     rows: Rows
     split: Split
     flow: str
     num_layers: int | None
     result: DensityFitResult
-    test: Score
-    baseline: Score
+    scores: Comparison
 
     @property
     def density(self) -> Any:
         """The density."""
         return self.result.density
-
-    @property
-    def gain(self) -> tuple[float, float]:
-        """Nats a row over the Gaussian, row by row, and their standard error."""
-        gain = self.test.values - self.baseline.values
-        return gain.mean().item(), standard_error(gain)
-
-    @property
-    def is_better(self) -> bool:
-        """Whether it fits better than the Gaussian, to two standard errors."""
-        return self.gain[0] >= 2 * self.gain[1]
 
 
 def density_command(args: argparse.Namespace, output: Output) -> None:
@@ -115,8 +103,8 @@ def score_command(args: argparse.Namespace, output: Output) -> None:
         found = score(saved.density, values, args.particles, rows.context)
         content = table_bytes(args.suffix, {"log_density": found.values.numpy()})
         output.save({args.file: content})
-    mean = f"{found.mean:.3f}" if len(values) == 1 else _with_se(found.mean, found.se)
-    print(f"{mean} nats a row ({_kind(found)}); wrote {len(values)} log densities to {args.output / args.file}")  # fmt: skip
+    mean = f"{found.mean:.3f}" if len(values) == 1 else str(found)
+    print(f"{mean} nats a row ({found.known}); wrote {len(values)} log densities to {args.output / args.file}")  # fmt: skip
 
 
 def _train(split: Split, density: Density, args: argparse.Namespace) -> DensityFitResult:
@@ -142,18 +130,12 @@ def _train(split: Split, density: Density, args: argparse.Namespace) -> DensityF
 def _scored(
     rows: Rows, split: Split, result: DensityFitResult, args: argparse.Namespace
 ) -> Learned:
-    density, test = result.density, split.test
-    found = score(density, test.values, args.particles, test.context)
     contexts = [part.context for part in split if part.context is not None]
-    baseline = gaussian_score(
-        [part.values for part in split],
-        contexts or None,
-        num_levels=int(density.num_levels) if isinstance(density, Dequantized) else None,
-        # An estimate has the bound of one draw.
-        num_particles=found.num_particles or args.particles,
+    scores = compare_to_gaussian(
+        result.density, [part.values for part in split], contexts or None, args.particles
     )
     num_layers = args.num_layers or FLOWS[args.flow].num_layers
-    return Learned(rows, split, args.flow, num_layers, result, found, baseline)
+    return Learned(rows, split, args.flow, num_layers, result, scores)
 
 
 # --- what is asked for ---
@@ -214,11 +196,6 @@ def _check_varies(rows: Rows, split: Split, density: Density) -> None:
 # --- pictures ---
 
 
-def _verdict(learned: Learned) -> str:
-    verdict = f"{_with_se(*learned.gain)} nats a row over the Gaussian, on test rows"
-    return verdict if learned.is_better else f"No better than the Gaussian: {verdict}"
-
-
 def _samples_png(learned: Learned) -> bytes:
     rows, parts = learned.rows, learned.split[::-1]
     contexts = [part.context for part in parts if part.context is not None]
@@ -228,8 +205,8 @@ def _samples_png(learned: Learned) -> bytes:
         rows.columns,
         context=torch.cat(contexts) if contexts else None,
         image_shape=rows.image_shape,
-        verdict=_verdict(learned),
-        trusted=learned.is_better,
+        verdict=learned.scores.verdict,
+        trusted=learned.scores.is_better,
     )
     return png_bytes(figure)
 
@@ -245,7 +222,7 @@ def _calibration_png(learned: Learned) -> bytes:
 
 def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
     """Settings and results, for a file."""
-    result, gain, density = learned.result, learned.gain, learned.density
+    result, scores, density = learned.result, learned.scores, learned.density
     is_dequantized = isinstance(density, Dequantized)
     names = ("steps", "batch_size", "lr", "patience", "seed")
     outcome = ("best_step", "steps", "first_steps", "stopped_early", "skipped_steps", "seconds")
@@ -262,9 +239,9 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
         "num_parameters": _num_parameters(density),
         "rows": {name: len(part) for name, part in learned.split._asdict().items()},
         "settings": {name: getattr(args, name) for name in names},
-        "test_log_likelihood": learned.test.as_dict(),
-        "gaussian_log_likelihood": learned.baseline.as_dict(),
-        "gain_over_gaussian": {"mean": gain[0], "se": gain[1]},
+        "test_log_likelihood": scores.test.as_dict(),
+        "gaussian_log_likelihood": scores.baseline.as_dict(),
+        "gain_over_gaussian": dict(zip(("mean", "se"), scores.gain, strict=True)),
         "entropy": learned.rows.entropy,
         "validation_loss": result.best_loss,
         **{name: getattr(result, name) for name in outcome},
@@ -273,12 +250,13 @@ def summary(learned: Learned, args: argparse.Namespace) -> dict[str, Any]:
 
 def print_learned(learned: Learned) -> None:
     """A table of test log-likelihoods, and how training went."""
-    rows, result, test, baseline = learned.rows, learned.result, learned.test, learned.baseline
+    rows, result, scores = learned.rows, learned.result, learned.scores
+    test, baseline = scores.test, scores.baseline
     size = rows.values.shape[1]
     layers = "" if learned.num_layers is None else f", {learned.num_layers} transforms"
     lines = [
-        [learned.flow + layers, _with_se(test.mean, test.se), _with_se(*learned.gain), _kind(test)],
-        ["Gaussian", _with_se(baseline.mean, baseline.se), "", _kind(baseline)],
+        [learned.flow + layers, str(test), mean_and_se(*scores.gain), test.known],
+        ["Gaussian", str(baseline), "", baseline.known],
     ]
     if rows.entropy is not None:
         lines.append(["the best there is", f"{-rows.entropy:.3f}", "", "minus the entropy"])
@@ -297,7 +275,7 @@ def print_learned(learned: Learned) -> None:
     )
     if result.stopped_early and not result.interrupted:
         print("Stopped early: the validation rows fitted no better for a while.")
-    if not learned.is_better:
+    if not scores.is_better:
         print(f"No better than the Gaussian, to two standard errors: {_cure(learned)}.")
 
 
@@ -306,16 +284,6 @@ def _cure(learned: Learned) -> str:
         return "it is linear, and so a Gaussian itself"
     steps = "" if learned.result.stopped_early else "more steps, "
     return f"take {steps}fewer layers or more data"
-
-
-def _kind(value: Score) -> str:
-    if value.kind == "bound":
-        return f"a lower bound, {value.num_particles} draw{'s' if value.num_particles != 1 else ''}"
-    return {"exact": "exactly", "estimate": "an unbiased estimate"}[value.kind]
-
-
-def _with_se(mean: float, se: float) -> str:
-    return f"{mean:.3f} ± {se:.3f}"
 
 
 def _num_parameters(density: Density) -> int:

@@ -19,11 +19,11 @@ from ..diagnostics.netcdf import to_netcdf_bytes
 from ..diagnostics.summary import mean_and_sd, print_table, rounded, to_csv
 from ..infer import FitResult, fit
 from ..programs import check_finite_log_joint
+from ..programs.errors import located
 from ..results import GuideSpec, digest, guide_to_bytes
-from ..testing.targets import TARGETS, Data, Target
-from .failures import failing_with, located
+from ..testing.targets import TARGETS, Data, Target, load_target
+from .failures import failing_with
 from .output import CHECKPOINT, Output, json_bytes, png_bytes
-from .targets import load_target
 
 # More rows scroll away; summary.csv has all of them.
 MAX_ROWS = 50

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..files import remove_unfinished, write_atomically, write_together
 from ..infer.distributed import Processes
-from .failures import failing_with, one_line
+from ..programs.errors import one_line
+from .failures import failing_with
 
 # In the directory of fit and density; gone when a run is finished.
 CHECKPOINT = "checkpoint.pt"

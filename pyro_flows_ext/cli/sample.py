@@ -15,10 +15,9 @@ from ..datasets import load_rows, table_bytes
 from ..diagnostics import flatten_samples, to_inference_data
 from ..infer import importance
 from ..results import SavedDensity, SavedGuide, digest, load
-from ..testing.targets import TARGETS
+from ..testing.targets import TARGETS, load_target
 from .failures import complain, failing_with
 from .output import Output, npz_bytes
-from .targets import load_target
 
 # Draws weighed for each draw that is kept, so that few come twice, and the least for a k-hat.
 NUM_WEIGHED, LEAST_WEIGHED = 4, 2000

@@ -40,10 +40,52 @@ class Score:
         """The standard error of the mean over rows."""
         return standard_error(self.values)
 
+    @property
+    def known(self) -> str:
+        """How it is known, in words."""
+        if self.kind == "bound":
+            return (
+                f"a lower bound, {self.num_particles} draw{'s' if self.num_particles != 1 else ''}"
+            )
+        return {"exact": "exactly", "estimate": "an unbiased estimate"}[self.kind]
+
+    def __str__(self) -> str:
+        return mean_and_se(self.mean, self.se)
+
     def as_dict(self) -> dict[str, Any]:
         """Mean, standard error and kind, for a file."""
         draws = {} if self.num_particles is None else {"num_particles": self.num_particles}
         return {"mean": self.mean, "se": self.se, "kind": self.kind, **draws}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The scores of held-out rows by a density and by a Gaussian, the least that a flow has to beat."""
+
+    test: Score
+    baseline: Score
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """Nats a row over the Gaussian, row by row, and their standard error."""
+        gain = self.test.values - self.baseline.values
+        return gain.mean().item(), standard_error(gain)
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the density fits better than the Gaussian, to two standard errors."""
+        return self.gain[0] >= 2 * self.gain[1]
+
+    @property
+    def verdict(self) -> str:
+        """The gain in words."""
+        verdict = f"{mean_and_se(*self.gain)} nats a row over the Gaussian, on test rows"
+        return verdict if self.is_better else f"No better than the Gaussian: {verdict}"
+
+
+def mean_and_se(mean: float, se: float) -> str:
+    """A mean with its standard error, to three decimals."""
+    return f"{mean:.3f} ± {se:.3f}"
 
 
 def standard_error(values: Tensor) -> float:
@@ -80,6 +122,31 @@ def score(
     if not density.exact_log_prob:
         return Score(found, "bound", num_particles)
     return Score(found, "estimate" if is_estimate else "exact")
+
+
+def compare_to_gaussian(
+    density: Density,
+    rows: Sequence[Tensor],
+    contexts: Sequence[Tensor] | None = None,
+    num_particles: int = 100,
+) -> Comparison:
+    """Scores test rows by a density, and by a Gaussian with the moments of its training rows.
+
+    Args:
+        density: a trained density.
+        rows: those to train on, to validate with and to test.
+        contexts: of the same three parts.
+        num_particles: draws of a bound.
+    """
+    test = score(density, rows[2], num_particles, None if contexts is None else contexts[2])
+    baseline = gaussian_score(
+        rows,
+        contexts,
+        num_levels=int(density.num_levels) if isinstance(density, Dequantized) else None,
+        # An estimate has the bound of one draw.
+        num_particles=test.num_particles or num_particles,
+    )
+    return Comparison(test, baseline)
 
 
 def gaussian_score(

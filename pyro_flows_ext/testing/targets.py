@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -11,8 +15,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..datasets import scikit_learn_datasets
+from ..datasets import load_data, scikit_learn_datasets
 from ..distributions.energies import u1
+from ..programs.data import check_keywords, meet_floats
+from ..programs.errors import located
 
 Data = dict[str, Tensor]
 
@@ -163,3 +169,65 @@ TARGETS = {
         ),
     )
 }
+
+
+# --- targets by name or file ---
+
+
+def load_target(
+    spec: str,
+    data: str | Path | Mapping[str, Tensor] | None = None,
+    columns: Sequence[str] | None = None,
+) -> tuple[Target, Data]:
+    """The target that `spec` names, built in or `path/to/file.py:model`, and its data, from the file `data` if given.
+
+    `columns`: those of the file to take; by default all.
+
+    Whole numbers stay whole wherever the model runs with them, and become floats where it does not: see `meet_floats`.
+    A file of Python is run, as by an import: name only files that you trust. Raises `ValueError` when there is no such
+    target, the file does not run, or the keys of the data do not fit the model's parameters.
+    """
+    target = _load_model(spec) if ".py:" in spec else _built_in(spec)
+    where = "no data given" if data is None else "the data given"
+    if isinstance(data, str | Path):
+        where, data = f"data {str(data)!r}", load_data(data, columns)
+    elif columns is not None:
+        raise ValueError("columns: expected some with a file of data only; add --data")
+    values = target.data() if data is None else data if isinstance(data, dict) else dict(data)
+    check_keywords(f"{target.name}, {where}", target.model, values)
+    return target, values if data is None else meet_floats(target.model, values)
+
+
+def _built_in(name: str) -> Target:
+    if name not in TARGETS:
+        raise ValueError(
+            f"no target {name!r}: expected one of {', '.join(TARGETS)}, or path/to/file.py:model"
+        )
+    return TARGETS[name]
+
+
+def _load_model(spec: str) -> Target:
+    file, _, attribute = spec.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"no file {file!r} for the target {spec!r}")
+    # A name of its own, so that no installed module is shadowed; in sys.modules, as dataclasses look there.
+    name = f"_pyro_flows_target_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"{file!r} is not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(path.resolve().parent))  # its neighbours, as when Python runs a script
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{file!r} raised {located(error)}") from error
+    finally:
+        sys.path.pop(0)
+    model = getattr(module, attribute, None)
+    if not callable(model):
+        found = "nothing" if model is None else type(model).__name__
+        raise ValueError(
+            f"{file!r}: expected a model named {attribute!r}, a function, found {found}"
+        )
+    return Target(spec, model, dict, inspect.getdoc(model) or "")

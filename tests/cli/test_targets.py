@@ -9,10 +9,9 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_flows_ext.cli.targets import load_target
 from pyro_flows_ext.distributions.energies import u1
 from pyro_flows_ext.programs import vectorization_error
-from pyro_flows_ext.testing.targets import TARGETS, Target
+from pyro_flows_ext.testing.targets import TARGETS, Target, load_target
 
 
 @pytest.fixture(autouse=True)
