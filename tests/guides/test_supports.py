@@ -83,7 +83,14 @@ OF_LATENTS = {
 }
 
 
-@pytest.mark.parametrize("name", OF_LATENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("uniform", marks=pytest.mark.slow),  # the first two latents of "three deep"
+        pytest.param("pareto", marks=pytest.mark.slow),  # a half-line, as is the moved half-normal
+        *list(OF_LATENTS)[2:],
+    ],
+)
 def test_bounds_that_depend_on_latents(name):
     model, names = OF_LATENTS[name]
     evidence, means = prior(model, 400_000, *names)

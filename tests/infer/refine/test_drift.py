@@ -27,7 +27,15 @@ def simulate(
     return f(start), f(torch.stack(path[warmup:], 1)), f(torch.randn(4096, size))
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "normal",
+        pytest.param("lognormal", marks=pytest.mark.slow),  # between its neighbours
+        "very skewed",
+        "heavy tails",
+    ],
+)
 def test_false_alarms_are_rare(name):
     """At most 1 % of runs are meant to raise one: of 60, more than 3 do so once in 300 times."""
     alarms, within = 0, 0
@@ -40,7 +48,13 @@ def test_false_alarms_are_rare(name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"shift": 0.18}, {"shift": -0.18}, {"scale": 1.15}, {"scale": 0.85}]
+    "change",
+    [
+        {"shift": 0.18},
+        pytest.param({"shift": -0.18}, marks=pytest.mark.slow),
+        {"scale": 1.15},
+        {"scale": 0.85},
+    ],
 )
 def test_shifts_that_matter_are_found(change):
     results = [drift_from(*simulate(a=0.1, draws=24, **change)) for _ in range(20)]
