@@ -106,7 +106,7 @@ class Group(Processes):
                     "same arguments, and takes its own part of the rows by itself"
                 )
         self.copy(module)
-        torch.set_rng_state(self._state_of_first())
+        _set_random_states(self._states_of_first())
 
     def copy(self, state: Any) -> None:
         tensors: Iterable[Tensor] = state if isinstance(state, list) else ()
@@ -118,13 +118,13 @@ class Group(Processes):
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        own = torch.get_rng_state()
-        torch.set_rng_state(self._state_of_first())
+        own = _random_states()
+        _set_random_states(self._states_of_first())
         try:
             yield
         finally:
             if not self.is_first:
-                torch.set_rng_state(own)
+                _set_random_states(own)
 
     def spread(self) -> None:
         if not self.is_first:
@@ -168,10 +168,11 @@ class Group(Processes):
         if not self.is_first:
             tensor.copy_(sent)
 
-    def _state_of_first(self) -> Tensor:
-        state = torch.get_rng_state().to(self.device)
-        self._together(lambda: dist.broadcast(state, 0))
-        return state.cpu()
+    def _states_of_first(self) -> list[Tensor]:
+        states = [state.to(self.device) for state in _random_states()]
+        for state in states:
+            self._together(lambda state=state: dist.broadcast(state, 0))  # type: ignore[misc]
+        return [state.cpu() for state in states]
 
     def _together(self, operation: Callable[[], Result]) -> Result:
         try:
@@ -182,6 +183,18 @@ class Group(Processes):
                 "not call; its output says why, and resume=True with checkpoint= goes on from the last checkpoint, with "
                 f"any number of processes ({str(error).splitlines()[0]})"
             ) from error
+
+
+def _random_states() -> list[Tensor]:
+    """The states of the generators of the CPU and, where there is one, of this process's GPU."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+
+
+def _set_random_states(states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 def count_processes() -> int:

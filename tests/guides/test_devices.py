@@ -127,3 +127,21 @@ def test_a_standardised_density_trains_on_a_gpu_from_rows_in_memory():
     assert result.losses.isfinite().all()
     assert density.sample((4,)).is_cuda
     assert density.log_prob(x.cuda()).is_cuda
+
+
+@pytest.mark.cuda
+@ON_GPU
+def test_a_checkpoint_of_a_gpu_goes_on_without_one(tmp_path):
+    x = torch.randn(200, 2)
+
+    def stop(state):
+        state.stop = True
+
+    steps = []
+    for device, callback in (("cuda", stop), ("cpu", None)):
+        density = pf.flows.NSF(2, num_layers=1).to(device)
+        options = {"num_steps": 20, "evaluate_every": 10, "progress": False, "callback": callback}
+        path = tmp_path / "run.pt"
+        result = pf.fit_density(density, x, checkpoint=path, resume=True, seed=0, **options)
+        steps.append(result.steps)
+    assert steps == [10, 20]

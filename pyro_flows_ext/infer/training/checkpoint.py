@@ -33,7 +33,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The state in a file of `save`. Raises `ValueError` for a newer format or a file of another kind."""
     try:
-        state = torch.load(path, weights_only=True)
+        # The process that wrote it may have had another GPU, or one at all.
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise
     except Exception as error:

@@ -147,7 +147,7 @@ class Run:
         self._take(num_steps, rate_at, on_step)
         with self.processes.alike():
             is_trusted = self._judge_fixed()
-        return "fixed", bool(self.processes.of_first(is_trusted))
+        return "fixed", self._agree(is_trusted)
 
     def _judge_fixed(self) -> bool:
         result = self._weigh()
@@ -168,7 +168,7 @@ class Run:
         """Rounds until the draws are trusted, rounds gain nothing, or steps run out."""
         if self.state.step == 0 and self._evaluate_round(is_first=True):
             return "trusted", True
-        if self.check is not None and self.check.findings:
+        if self.check is not None and self._agree(bool(self.check.findings)):
             return "level", False
         for number, r in enumerate(rounds(FIRST_ROUND, self.options.max_steps)):
             if number < self.state.round:
@@ -179,7 +179,9 @@ class Run:
             if self._evaluate_round():
                 return "trusted", True
             self._call_back()
-            if self.check is not None and (self.check.findings or self.check.is_exhausted):
+            if self.check is not None and self._agree(
+                bool(self.check.findings or self.check.is_exhausted)
+            ):
                 break
             # A run that is killed in its last check would go on with another round if its end were saved.
             if self.level < LEVEL_ROUNDS or self.state.stop:
@@ -196,7 +198,7 @@ class Run:
         with self.processes.alike():
             is_trusted = self._judge_round(is_first)
         self.level = int(self.processes.of_first(self.level))
-        return bool(self.processes.of_first(is_trusted))
+        return self._agree(is_trusted)
 
     def _judge_round(self, is_first: bool) -> bool:
         """Weighs or averages, keeps the best state, and decides whether the draws can be trusted."""
@@ -204,7 +206,7 @@ class Run:
             if is_first:
                 return False
             window = torch.tensor(self.state.losses[-max(20, self._last_round() // 3) :])
-            mean, se = mean_and_se(window)
+            mean, se = self._of_first(*mean_and_se(window))
             self._note(self.best.offer(-mean, se))
             return False
         result = self._weigh()
@@ -213,6 +215,7 @@ class Run:
         finite = result.log_weights[result.log_weights > -math.inf]
         score = finite.mean().item() if len(finite) > 1 else -math.inf
         se = finite.std().item() / len(finite) ** 0.5 if len(finite) > 1 else math.inf
+        score, se = self._of_first(score, se)
         gained = self.best.offer(score, se)
         if not is_first:
             self._note(gained)
@@ -221,6 +224,14 @@ class Run:
                 self.trainer.restart()
         self.announce("refining")
         return self.check.is_trusted(result, first=is_first)
+
+    def _of_first(self, *values: float) -> list[float]:
+        """Values of the first process: rounding on GPUs may differ, and decisions with it."""
+        return [self.processes.of_first(value) for value in values]
+
+    def _agree(self, flag: bool) -> bool:
+        """The flag of the first process."""
+        return bool(self.processes.of_first(flag))
 
     def _note(self, gained: bool) -> None:
         self.level = 0 if gained else self.level + 1
@@ -234,7 +245,7 @@ class Run:
         self.best.restore()
         with self.processes.alike():
             is_trusted = self._judge_at_last()
-        return bool(self.processes.of_first(is_trusted))
+        return self._agree(is_trusted)
 
     def _judge_at_last(self) -> bool:
         if self.check is None:
@@ -320,7 +331,8 @@ class Run:
         if saved["best"] is not None:
             self.best.score, self.best.se, *rest = saved["best"]
             self.best.saved = (rest[0], rest[1])
-        self.modes = [Mode(*values) for values in saved["modes"]]
+        device = self.trainer.params[0].device if self.trainer.params else "cpu"
+        self.modes = [Mode(loc.to(device), *rest) for loc, *rest in saved["modes"]]
         if self.check is not None:
             self.check.modes, self.check.budget = self.modes, saved["budget"]
             self.check.num_gradients = saved["num_gradients"]
