@@ -22,6 +22,8 @@ STUCK = 0.05
 TRANSIENT = 8.0
 # Transitions that a budget of gradients must leave room for; trajectories are not made longer than that.
 MIN_TRANSITIONS = 10
+# Steps of the longest trajectory.
+MAX_LEAPFROG = 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class ChainResult:
 
     `log_density` `(C, S)`: in z. `start`: the unconstrained latents `(C, D)` from which the chains started before
     adaptation. `tuning`: the sampler's settings. `acceptance`: mean acceptance probability by chain, `(C)`. `rate`: the
-    acceptance rate by which the step size is tuned, without trajectories that end where the density is zero.
+    acceptance rate by which the step size is tuned, without trajectories that end where the density is zero. `divergent`: the
+    share of trajectories that diverged.
     `num_gradients`: evaluations, of all chains each, with those of the adaptation. `num_dead`: starts without density, replaced by copies of others.
     """
 
@@ -40,6 +43,7 @@ class ChainResult:
     start: Tensor
     acceptance: Tensor
     rate: float
+    divergent: float
     tuning: Tuning
     num_gradients: int
     seconds: float
@@ -139,7 +143,9 @@ def run_chains(
     point, num_dead = _alive(density(z0))
     start = point.u
     if tuning is None:
-        longest = 64 if max_gradients is None else max(1, min(64, max_gradients // MIN_TRANSITIONS))
+        longest = MAX_LEAPFROG
+        if max_gradients is not None:
+            longest = max(1, min(longest, max_gradients // MIN_TRANSITIONS))
         point, tuning = adapt(
             density,
             point,
@@ -148,7 +154,7 @@ def run_chains(
             max_gradients=most / 2,
         )
     points: list[Point] = []
-    acceptance, rates = [], []
+    acceptance, rates, divergent = [], [], []
     last = began
     for i in range(num_transitions):
         now = time.perf_counter()
@@ -162,6 +168,7 @@ def run_chains(
         points.append(point)
         acceptance.append(result.acceptance)
         rates.append(result.rate)
+        divergent.append(result.divergent)
     return ChainResult(
         z=torch.stack([p.z for p in points], 1),
         u=torch.stack([p.u for p in points], 1),
@@ -169,6 +176,7 @@ def run_chains(
         start=start,
         acceptance=torch.stack(acceptance).mean(0),
         rate=sum(rates) / len(rates),
+        divergent=sum(divergent) / len(divergent),
         tuning=tuning,
         num_gradients=density.num_gradients,
         seconds=time.perf_counter() - began,

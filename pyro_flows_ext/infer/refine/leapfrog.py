@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from .energy import Point, PulledBack
 # Step sizes vary by chain and transition as ε U^(1/4), U uniform on (0, 1), times 5/4 so that their mean is ε: no trajectory
 # length is periodic for all chains, and 1 % of the steps are shorter than .4 ε, which frees chains from narrow regions.
 JITTER_POWER = 0.25
+# Nats of energy that a divergent trajectory loses. Stan's limit is 1000, for trajectories of hundreds of steps; these have a few.
+DIVERGENT = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class Transition:
     def rate(self) -> float:
         """The acceptance rate by which the step size is tuned: see `finite_rate`."""
         return float(finite_rate(self.path_acceptance[-1:]))
+
+    @property
+    def divergent(self) -> float:
+        """The share of divergent trajectories: see `divergent_share`."""
+        return float(divergent_share(self.acceptance))
+
+
+def divergent_share(acceptance: Tensor) -> Tensor:
+    """The share of acceptance probabilities below e⁻¹⁰, those of proposals without density left out.
+
+    At a step that is right everywhere energies are off by a nat or two. Larger errors come from regions that are too narrow
+    for the step, which chains then hardly enter and hardly leave, as in the tails of a banana or the neck of a funnel.
+    """
+    return ((acceptance > 0) & (acceptance < math.exp(-DIVERGENT))).double().mean()
 
 
 def finite_rate(acceptance: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from ...programs import Latent, LogJoint, Program, evaluation_mode
 from .._loop import seeded
-from .adaptation import Tuning, tuned_step_size
-from .chains import ChainResult, run_chains
+from .adaptation import MAX_DIVERGENT, Tuning, tuned_step_size, without_divergences
+from .chains import MAX_LEAPFROG, ChainResult, run_chains
 from .coordinates import Start, start_at
 from .drift import MIN_CHAINS, Drift, drift_from, drift_within
 from .energy import PulledBack
@@ -96,7 +95,11 @@ def verify(
     See `refine_density`. Without drift they stop where a shift of .15 sd of a mean, or of 15 % of an sd, would have been found.
     """
     run = _Run(target, start, num_chains, max_gradients, max_seconds)
-    return run.until(lambda: run.drift.detected or (run.drift.conclusive and run.is_settled))
+    return run.until(
+        lambda: (
+            run.drift.detected or (run.drift.conclusive and run.is_settled and not run.is_divergent)
+        )
+    )
 
 
 def refine_density(
@@ -161,12 +164,16 @@ class _Run:
             self._look()
             if done() or self._is_spent():
                 break
-            num = self._num_missing()
             # Chains that have moved were tuned too far from where they are now.
             moved = self.max_r_hat > MAX_R_HAT and (self.drift.detected or self.settling.detected)
-            tuning = None if moved else self._tuning()
-            if self.settling.detected:
-                self.chains = self.chains.after(self.chains.u.shape[1] // 2)
+            tuning = None if moved and not self.is_divergent else self._tuning()
+            num = self._num_missing()
+            S = self.chains.u.shape[1]
+            if self.is_divergent:
+                # The step was too long for some region, where the next draws will come.
+                self.chains, num = self.chains.after(S - 1), max(FIRST_LOOK, S)
+            elif self.settling.detected:
+                self.chains = self.chains.after(S // 2)
             more = self._advance(self.chains.z[:, -1], num, tuning)
             self.chains = self.chains.followed_by(more)
         else:
@@ -215,7 +222,12 @@ class _Run:
     @property
     def is_mixed(self) -> bool:
         agree = self.max_r_hat <= MAX_R_HAT and self.min_ess >= MIN_ESS
-        return agree and self.is_settled and not self.chains.num_stuck
+        is_sound = not self.chains.num_stuck and not self.is_divergent
+        return agree and self.is_settled and is_sound
+
+    @property
+    def is_divergent(self) -> bool:
+        return self.chains.divergent > MAX_DIVERGENT
 
     def _is_spent(self) -> bool:
         left = self.max_gradients - self.num_gradients
@@ -245,7 +257,8 @@ class _Run:
         """The settings so far, the step size corrected by the acceptance rate."""
         chains = self.chains
         step_size = tuned_step_size(chains.tuning.step_size, chains.rate, TARGET_ACCEPTANCE)
-        return replace(chains.tuning, step_size=step_size)
+        longest = max(chains.tuning.num_leapfrog, MAX_LEAPFROG)
+        return without_divergences(chains.tuning, step_size, chains.divergent, longest)
 
     def _affordable_chains(self) -> int:
         """The number of chains by the measured seconds of a gradient."""

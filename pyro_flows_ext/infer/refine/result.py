@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops import bulk_ess, r_hat
+from .adaptation import MAX_DIVERGENT
 from .chains import ChainResult
 from .drift import Drift
 
@@ -66,6 +67,10 @@ class RefineResult:
             found.append(f"R-hat {self.max_r_hat:.2f} is above {MAX_R_HAT}")
         if not self.min_ess >= MIN_ESS:
             found.append(f"ESS {self.min_ess:.0f} is below {MIN_ESS:.0f}")
+        if self.chains.divergent > MAX_DIVERGENT:
+            found.append(
+                f"{self.chains.divergent:.1%} of trajectories diverge, so that chains hardly enter some narrow region"
+            )
         if self.chains.num_stuck:
             found.append(
                 f"{self.chains.num_stuck} of {len(self.chains.u)} chains do not move, or not to where the others are"
@@ -79,8 +84,14 @@ class RefineResult:
         return found
 
     @property
+    def is_without_drift(self) -> bool:
+        """Whether chains could have drifted from the guide's draws, and did not."""
+        is_sound = self.chains.divergent <= MAX_DIVERGENT
+        return is_sound and self.drift.conclusive and not self.drift.detected
+
+    @property
     def mixed(self) -> bool:
-        """Whether chains agree, move, have settled, and give enough effective draws."""
+        """Whether chains agree, move, do not diverge, have settled, and give enough effective draws."""
         return not self.problems
 
     @property

@@ -92,7 +92,7 @@ class TrustCheck:
             target, start = self.posterior.start(first)
             checked = verify(target, start, max_gradients=VERIFY_GRADIENTS)
             # Chains that hardly move show no drift either: such a run is not conclusive.
-            if checked.drift.conclusive and not checked.drift.detected:
+            if checked.is_without_drift:
                 self.refined = None
                 return self._has_no_findings(target, start)
             if not self.refine:

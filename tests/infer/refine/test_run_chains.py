@@ -8,6 +8,8 @@ from chain_targets import correlated, gamma, truncated, truncated_mean, z_score
 from torch import nn
 
 from pyro_flows_ext.infer.refine import Tuning, run_chains
+from pyro_flows_ext.infer.refine.adaptation import MAX_DIVERGENT, without_divergences
+from pyro_flows_ext.infer.refine.leapfrog import divergent_share
 from pyro_flows_ext.transforms import Whitening, planar
 
 
@@ -201,3 +203,31 @@ def test_a_start_far_out_is_seen():
     moving = run_chains(target, None, z0, num_transitions=24, tuning=tuning)
     assert moving.is_transient
     assert run_chains(target, None, z0, num_transitions=3, tuning=tuning).num_stuck == 1
+
+
+def test_divergent_trajectories_shorten_the_step() -> None:
+    tuning = Tuning(0.8, 4, 2)
+    assert without_divergences(tuning, 1.0, 0.0, 64) == Tuning(1.0, 4, 2)
+    # Near the limit the step does not grow; above it, it shrinks, and trajectories keep their length.
+    assert without_divergences(tuning, 1.0, MAX_DIVERGENT / 2, 64) == tuning
+    shorter = without_divergences(tuning, 1.0, 16 * MAX_DIVERGENT, 64)
+    assert shorter == Tuning(0.4, 8, 4)
+    assert without_divergences(tuning, 1.0, 1.0, 6).num_leapfrog == 6
+
+
+def test_trajectories_that_end_without_density_do_not_diverge() -> None:
+    acceptance = torch.tensor([0.0, 1.0, 0.5, 1e-6])
+    assert float(divergent_share(acceptance)) == 0.25
+
+
+@pytest.mark.parametrize(("step_size", "diverges"), [(0.7, True), (0.05, False)])
+def test_chains_in_a_banana_diverge_at_a_long_step(step_size: float, diverges: bool) -> None:
+    def banana(u: torch.Tensor) -> torch.Tensor:
+        x, y = u.unbind(-1)
+        return -(x.square() + (4 * (y - x.square())).square()) / 2
+
+    torch.manual_seed(0)
+    x = torch.randn(128)
+    z0 = torch.stack([x, x.square() + torch.randn(128) / 4], -1)
+    chains = run_chains(banana, None, z0, num_transitions=8, tuning=Tuning(step_size, 4))
+    assert (chains.divergent > MAX_DIVERGENT) == diverges
