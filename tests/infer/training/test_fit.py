@@ -116,7 +116,7 @@ def test_a_latent_without_a_variance_is_named_and_does_not_cost_the_trust():
 
 def test_a_run_whose_chains_never_mix_ends_at_their_budget(monkeypatch):
     verdict = import_module("pyro_flows_ext.infer.training.verdict")
-    monkeypatch.setattr(verdict, "TOTAL_GRADIENTS", 100)
+    monkeypatch.setattr(verdict, "TOTAL_GRADIENTS", 30)
     few = partial(refine_density, num_chains=8)
     monkeypatch.setattr(
         verdict, "refine_density", lambda *args, **kw: few(*args, **{**kw, "max_gradients": 40})
