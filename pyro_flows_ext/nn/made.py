@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.fused import may_fuse
-from ..ops.perceptron import is_worthwhile, perceptron
+from ..ops.perceptron import Activation, is_worthwhile, perceptron
 from .mlp import check_context, known_activation
 from .substitution import Solve, substitute
 
@@ -124,6 +124,19 @@ class MADE(nn.Module):
             return h.unflatten(-1, (self.num_params, -1))
 
         return run
+
+    def layers_at(
+        self, x: Tensor, context: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Activation, bool] | None:
+        """Weights, biases, activation and `residual`, for `ops.perceptron`; None where that is not faster or not possible."""
+        check_context(context, self.context_dim)
+        known = known_activation(self.activation)
+        if known is None or not is_worthwhile(x, self.layers[0].out_features):  # type: ignore[arg-type]
+            return None
+        weights, biases = map(list, zip(*self._masked(), strict=True))
+        if context is not None:
+            biases[0] = F.linear(context, self.context_layer.weight, biases[0])  # type: ignore[union-attr]
+        return weights, biases, known, self.residual
 
     def substitute(
         self, y: Tensor, solve: Solve, context: Tensor | None = None

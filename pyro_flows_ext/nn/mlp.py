@@ -53,7 +53,7 @@ class MLP(nn.Sequential):
             x = join_context(x, context)
         # Written out, and not a call: small networks notice one.
         is_large = x.numel() * self.width >= fused.MIN_NUMEL * x.shape[-1]
-        if is_large and (layers := _plain_layers(self)) is not None:
+        if is_large and (layers := plain_layers(self)) is not None:
             return perceptron(x, *layers)
         return super().forward(x)
 
@@ -93,7 +93,7 @@ class ResidualMLP(MLP):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = x if context is None else join_context(x, context)
-        if is_worthwhile(h, self.width) and (layers := _plain_layers(self)) is not None:
+        if is_worthwhile(h, self.width) and (layers := plain_layers(self)) is not None:
             return perceptron(h, *layers, residual=True)
         *hidden, last = self
         for i, (linear, activation) in enumerate(zip(hidden[::2], hidden[1::2], strict=True)):
@@ -102,13 +102,13 @@ class ResidualMLP(MLP):
         return last(h)
 
 
-def _plain_layers(net: MLP) -> tuple[list[Tensor], list[Tensor], Activation] | None:
+def plain_layers(net: MLP) -> tuple[list[Tensor], list[Tensor], Activation] | None:
     """Weights, biases and the activation of a network that is as its class made it; None with hooks or other modules."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     activation = None
     for i, part in enumerate(net._modules.values()):
-        if _has_hooks(part):
+        if has_hooks(part):
             return None
         if i % 2 == 0 and type(part) is nn.Linear:
             weights.append(part.weight)
@@ -127,10 +127,10 @@ _ACTIVATIONS: dict[type, Activation] = {nn.ReLU: RELU, nn.Tanh: TANH, nn.Sigmoid
 
 def known_activation(module: nn.Module) -> Activation | None:
     """The activation of a module as a function; None for a module with hooks, or of another kind."""
-    return None if _has_hooks(module) else _ACTIVATIONS.get(type(module))
+    return None if has_hooks(module) else _ACTIVATIONS.get(type(module))
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -72,7 +72,7 @@ def perceptron(
     tensors = (x, *weights, *biases)
     has_bias = len(shape) == 1 or shape[:-1] == rows
     if x.dim() < 2 or not has_bias or not may_fuse(*tensors):
-        return _chain(x, weights, biases, activation, residual)
+        return chain(x, weights, biases, activation, residual)
     if x.dim() > 2:
         x = x.flatten(0, -2)
         first = biases[0] if len(shape) == 1 else biases[0].flatten(0, -2)
@@ -80,11 +80,11 @@ def perceptron(
     if needs_graph(*tensors):
         y = _Perceptron.apply(activation, residual, len(weights), x, *weights, *biases)
     else:
-        y = _run(x, weights, biases, activation, residual)[0]
+        y = run_layers(x, weights, biases, activation, residual)[0]
     return y if len(rows) == 1 else y.unflatten(0, rows)
 
 
-def _chain(
+def chain(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -103,7 +103,7 @@ def _chain(
     return h
 
 
-def _run(
+def run_layers(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -132,7 +132,7 @@ class _Perceptron(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         weights, biases = tensors[:num_layers], tensors[num_layers:]
-        y, inputs, activations = _run(x, weights, biases, activation, residual)
+        y, inputs, activations = run_layers(x, weights, biases, activation, residual)
         ctx.activation, ctx.residual, ctx.num_layers = activation, residual, num_layers
         ctx.save_for_backward(x, *tensors, *inputs, *activations)
         return y
@@ -147,30 +147,50 @@ class _Perceptron(torch.autograd.Function):
             run = partial(_chain_of, ctx.activation, ctx.residual, n)
             return None, None, None, *plain_gradient(run, (x, *weights, *biases), needed, (g,))
         inputs, activations = [x, *saved[2 * n : 3 * n - 1]], saved[3 * n - 1 :]
-        by_weights: list[Tensor | None] = [None] * n
-        by_biases: list[Tensor | None] = [None] * n
-        by_x = None
-        skipped = None  # the cotangent that goes past a residual layer
-        for i in range(n - 1, -1, -1):
-            if i < n - 1:
-                a = activations[i]
-                is_residual = ctx.residual and i and a.shape[-1] == inputs[i].shape[-1]
-                skipped, out = (g, torch.empty_like(g)) if is_residual else (None, g)
-                ctx.activation.backward(g, a, out)
-                g = out
-            if needed[1 + i]:
-                by_weights[i] = torch.mm(g.t(), inputs[i])
-            if needed[1 + n + i]:
-                by_biases[i] = g.sum(0) if biases[i].dim() == 1 else g
-            if i:
-                # A buffer of this pass, over which the next layer's cotangent may be written.
-                g = g.mm(weights[i]) if skipped is None else skipped.addmm_(g, weights[i])
-            elif needed[0]:
-                by_x = g.mm(weights[0])
+        g, by_weights, by_biases = layer_gradients(
+            g, weights, biases, inputs, activations, ctx.activation, ctx.residual, needed[1:]
+        )
+        by_x = g.mm(weights[0]) if needed[0] else None
         return None, None, None, by_x, *by_weights, *by_biases
+
+
+def layer_gradients(
+    g: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    activations: Sequence[Tensor],
+    activation: Activation,
+    residual: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """From the cotangent of the output: that of the first layer's sums, and the gradients by weights and biases.
+
+    `inputs` are of all layers, `activations` of all but the last, as `run_layers` returns them; `needed` is for the weights and
+    then for the biases.
+    """
+    n = len(weights)
+    by_weights: list[Tensor | None] = [None] * n
+    by_biases: list[Tensor | None] = [None] * n
+    skipped = None  # the cotangent that goes past a residual layer
+    for i in range(n - 1, -1, -1):
+        if i < n - 1:
+            a = activations[i]
+            is_residual = residual and i and a.shape[-1] == inputs[i].shape[-1]
+            skipped, out = (g, torch.empty_like(g)) if is_residual else (None, g)
+            activation.backward(g, a, out)
+            g = out
+        if needed[i]:
+            by_weights[i] = torch.mm(g.t(), inputs[i])
+        if needed[n + i]:
+            by_biases[i] = g.sum(0) if biases[i].dim() == 1 else g
+        if i:
+            # A buffer of this pass, over which the next layer's cotangent may be written.
+            g = g.mm(weights[i]) if skipped is None else skipped.addmm_(g, weights[i])
+    return g, by_weights, by_biases
 
 
 def _chain_of(
     activation: Activation, residual: bool, n: int, x: Tensor, *tensors: Tensor
 ) -> tuple[Tensor]:
-    return (_chain(x, tensors[:n], tensors[n:], activation, residual),)
+    return (chain(x, tensors[:n], tensors[n:], activation, residual),)

@@ -75,6 +75,15 @@ class AxisSplit(Split):
             "_inverse_order", torch.tensor(sorted(range(n), key=order.__getitem__))
         )
 
+    @property
+    def columns(self) -> tuple[slice, slice] | None:
+        """What passes and what is transformed, as slices of the first dimension of the event; None if they are none."""
+        if not self._in_order:
+            return None
+        n, size = sum(self._sizes), self._sizes[0 if self._passed_first else 1]
+        first, second = slice(0, size), slice(size, n)
+        return (first, second) if self._passed_first else (second, first)
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self._in_order:
             x = x.index_select(self._axis, self._order)

@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 from ..nn import MADE
 from ..ops import check_context_dim, check_positive, triangular_fixed_point
 from .base import FlowTransform
+from .fused_affine import Network, affine_layer
 from .scores import by_triangle, residual
-from .transformers import Transformer, check_transformer
+from .transformers import Affine, Transformer, check_transformer
 
 
 class MADEOptions(TypedDict, total=False):
@@ -99,6 +100,10 @@ class Autoregressive(FlowTransform):
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
+        if type(self.transformer) is Affine and (layers := self.net.layers_at(x, self.context)):
+            found = affine_layer(x, None, Network(*layers), inverse=False)
+            if found is not None:
+                return found
         y, log_slope = self.transformer.forward(x, self.net.bind(self.context)(x))
         return y, log_slope.sum(-1)
 

@@ -11,12 +11,14 @@ from torch.distributions.constraints import Constraint
 
 from ..nn import MLP
 from ..nn.convnet import convnet, join_channels
-from ..nn.mlp import join_context
+from ..nn.mlp import has_hooks, join_context, plain_layers
 from ..ops import broadcast_shapes, check_context_dim, read_event_shape
-from ._split import make_split
+from ..ops.perceptron import is_worthwhile
+from ._split import AxisSplit, make_split
 from .base import IMAGE, FlowTransform
+from .fused_affine import Network, affine_layer
 from .masks import Mask
-from .transformers import Transformer, check_transformer
+from .transformers import Affine, Transformer, check_transformer
 
 
 class CouplingOptions(TypedDict, total=False):
@@ -102,13 +104,35 @@ class Coupling(FlowTransform):
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
+        if x.dim() == 2 and (found := self._as_one(x, inverse=False)) is not None:
+            return found
         seen, value, log_slope = self.by_element(x, inverse=False)
         return self.split.join(seen, value), self.split.total(log_slope)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)
+        if y.dim() == 2 and (found := self._as_one(y, inverse=True)) is not None:
+            return found
         seen, value, log_slope = self.by_element(y, inverse=True)
         return self.split.join(seen, value), self.split.total(log_slope)
+
+    def _as_one(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        """An affine layer with a plain network in one operation; None for others, and for few rows."""
+        net, split = self.net, self.split
+        if (
+            type(self.transformer) is not Affine
+            or type(net) is not MLP
+            or not isinstance(split, AxisSplit)
+            or self.context is not None
+            or not is_worthwhile(x, net.width)
+            or has_hooks(net)
+            or split.columns is None
+        ):
+            return None
+        layers = plain_layers(net)
+        if layers is None or len(layers[0][-1]) != self._theta_shape[0]:
+            return None
+        return affine_layer(x, split.columns, Network(*layers), inverse=inverse)
 
     def by_element(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns what passes, the other N elements after g or g⁻¹, and their log-slopes, both `(*, N)`."""
