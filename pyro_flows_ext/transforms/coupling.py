@@ -12,8 +12,7 @@ from torch.distributions.constraints import Constraint
 from ..nn import MLP
 from ..nn.convnet import convnet, join_channels
 from ..nn.mlp import has_hooks, join_context, plain_layers
-from ..ops import broadcast_shapes, check_context_dim, read_event_shape
-from ..ops.perceptron import is_worthwhile
+from ..ops import broadcast_shapes, check_context_dim, fused, read_event_shape
 from ._split import AxisSplit, make_split
 from .base import IMAGE, FlowTransform
 from .fused_affine import Network, affine_layer
@@ -101,18 +100,26 @@ class Coupling(FlowTransform):
                 zero_last=True,
             )
         self.net = net
+        # Of a layer that may run as one operation.
+        is_plain = type(net) is MLP and type(self.transformer) is Affine
+        self._width = net.width if is_plain and not pixels else 0  # type: ignore[operator]
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
-        if x.dim() == 2 and (found := self._as_one(x, inverse=False)) is not None:
-            return found
+        # Written out, and not a call: small networks notice one.
+        if x.numel() * self._width >= fused.MIN_NUMEL * x.shape[-1]:
+            found = self._as_one(x, inverse=False)
+            if found is not None:
+                return found
         seen, value, log_slope = self.by_element(x, inverse=False)
         return self.split.join(seen, value), self.split.total(log_slope)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("y", y)
-        if y.dim() == 2 and (found := self._as_one(y, inverse=True)) is not None:
-            return found
+        if y.numel() * self._width >= fused.MIN_NUMEL * y.shape[-1]:
+            found = self._as_one(y, inverse=True)
+            if found is not None:
+                return found
         seen, value, log_slope = self.by_element(y, inverse=True)
         return self.split.join(seen, value), self.split.total(log_slope)
 
@@ -124,7 +131,6 @@ class Coupling(FlowTransform):
             or type(net) is not MLP
             or not isinstance(split, AxisSplit)
             or self.context is not None
-            or not is_worthwhile(x, net.width)
             or has_hooks(net)
             or split.columns is None
         ):
