@@ -89,6 +89,7 @@ class MADE(nn.Module):
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
         self.layers = nn.ModuleList(layers)
+        self.width = layers[0].out_features
         self.activation = activation()
         self.context_layer = None
         if context_dim:
@@ -126,12 +127,12 @@ class MADE(nn.Module):
         return run
 
     def layers_at(
-        self, x: Tensor, context: Tensor | None
+        self, context: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Activation, bool] | None:
-        """Weights, biases, activation and `residual`, for `ops.perceptron`; None where that is not faster or not possible."""
+        """Weights, biases, activation and `residual`, for `ops.perceptron`; None for other activations."""
         check_context(context, self.context_dim)
         known = known_activation(self.activation)
-        if known is None or not is_worthwhile(x, self.layers[0].out_features):  # type: ignore[arg-type]
+        if known is None:
             return None
         weights, biases = map(list, zip(*self._masked(), strict=True))
         if context is not None:

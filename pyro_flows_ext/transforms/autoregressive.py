@@ -11,7 +11,7 @@ from torch.distributions.constraints import Constraint
 from typing_extensions import Unpack
 
 from ..nn import MADE
-from ..ops import check_context_dim, check_positive, triangular_fixed_point
+from ..ops import check_context_dim, check_positive, fused, triangular_fixed_point
 from .base import FlowTransform
 from .fused_affine import Network, affine_layer
 from .scores import by_triangle, residual
@@ -84,6 +84,9 @@ class Autoregressive(FlowTransform):
             context_dim=self.context_dim,
             **options,
         )
+        # That of the network, where the layer may run as one operation.
+        is_affine = type(self.transformer) is Affine
+        self._width = self.net.width if is_affine else 0
 
     @constraints.dependent_property
     def domain(self) -> Constraint:
@@ -100,10 +103,13 @@ class Autoregressive(FlowTransform):
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
-        if type(self.transformer) is Affine and (layers := self.net.layers_at(x, self.context)):
-            found = affine_layer(x, None, Network(*layers), inverse=False)
-            if found is not None:
-                return found
+        # Written out, and not a call: small networks notice one.
+        if x.numel() * self._width >= fused.MIN_NUMEL * x.shape[-1]:
+            layers = self.net.layers_at(self.context)
+            if layers is not None:
+                found = affine_layer(x, None, Network(*layers), inverse=False)
+                if found is not None:
+                    return found
         y, log_slope = self.transformer.forward(x, self.net.bind(self.context)(x))
         return y, log_slope.sum(-1)
 

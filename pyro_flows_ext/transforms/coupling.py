@@ -100,9 +100,10 @@ class Coupling(FlowTransform):
                 zero_last=True,
             )
         self.net = net
-        # Of a layer that may run as one operation.
-        is_plain = type(net) is MLP and type(self.transformer) is Affine
-        self._width = net.width if is_plain and not pixels else 0  # type: ignore[operator]
+        # That of the network, where the layer may run as one operation.
+        self._width = 0
+        if type(net) is MLP and type(self.transformer) is Affine and not pixels:
+            self._width = net.width
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
