@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...ops import bulk_ess, r_hat
+from ...ops import bulk_ess, quantiles, r_hat
 from .adaptation import Tuning, adapt
 from .energy import Coordinates, Point, PulledBack
 from .leapfrog import transition
 
 # The least share of accepted proposals of a chain that moves; a chain below it stays where its start was.
 STUCK = 0.05
+# A chain is far out where half of its draws are among this share of those of the lowest log density.
+FAR_OUT = 0.02
 # Nats between the lowest log densities of the halves of a run. Log densities have exponential tails of rate 1, or .5 for a
 # Cauchy: in stationary chains the difference is that large by chance in one run of 5000, or 100.
 TRANSIENT = 8.0
@@ -51,12 +53,26 @@ class ChainResult:
 
     @property
     def num_stuck(self) -> int:
-        """How many chains accepted next to nothing, or are where no other chain comes: below the log density of all others."""
-        own = self.log_density.amin(1)
-        lowest, second = own.sort().values[:2] if len(own) > 1 else (own[0], own[0])
-        others = torch.where(own > lowest, lowest, second)
-        lost = self.log_density.amax(1) < others
-        return int(((self.acceptance < STUCK) | lost).sum())
+        """How many chains accepted next to nothing, or are far out, where others hardly come."""
+        return int(((self.acceptance < STUCK) | self._far_out).sum())
+
+    @property
+    def has_far_chains(self) -> bool:
+        """Whether chains are where others hardly come: still on their way from a start, or behind a barrier."""
+        return bool(self._far_out.any())
+
+    @property
+    def _far_out(self) -> Tensor:
+        """By chain, whether half of its draws are below a log density that 2 % of all draws do not reach, `(C)`.
+
+        With five independent draws a chain, as R-hat of 1.1 stands for, this happens by chance to one chain of 12,000.
+        """
+        if len(self.log_density) < 1 / FAR_OUT:
+            own = self.log_density.amin(1)
+            lowest, second = own.sort().values[:2] if len(own) > 1 else (own[0], own[0])
+            return self.log_density.amax(1) < torch.where(own > lowest, lowest, second)
+        level = quantiles(self.log_density.flatten(), [FAR_OUT])[0]
+        return self.log_density.median(1).values < level
 
     @property
     def is_transient(self) -> bool:

@@ -168,12 +168,8 @@ class _Run:
             moved = self.max_r_hat > MAX_R_HAT and (self.drift.detected or self.settling.detected)
             tuning = None if moved and not self.is_divergent else self._tuning()
             num = self._num_missing()
-            S = self.chains.u.shape[1]
-            if self.is_divergent:
-                # The step was too long for some region, where the next draws will come.
-                self.chains, num = self.chains.after(S - 1), max(FIRST_LOOK, S)
-            elif self.settling.detected:
-                self.chains = self.chains.after(S // 2)
+            if self.settling.detected or self.chains.has_far_chains:
+                self.chains = self.chains.after(self.chains.u.shape[1] // 2)
             more = self._advance(self.chains.z[:, -1], num, tuning)
             self.chains = self.chains.followed_by(more)
         else:
@@ -198,7 +194,13 @@ class _Run:
         """
         S = self.chains.u.shape[1]
         known = math.isfinite(self.max_r_hat) and self.min_ess > 0 and S >= 2 * FIRST_LOOK
-        if known and self.target_ess is not None and self.is_settled and not self.chains.num_stuck:
+        if (
+            known
+            and self.target_ess is not None
+            and self.is_settled
+            and not self.is_divergent
+            and not self.chains.num_stuck
+        ):
             by_r_hat = (self.max_r_hat**2 - 1) / (MAX_R_HAT**2 - 1)
             factor = MARGIN * max(by_r_hat, self.target_ess / self.min_ess)
             return min(S, max(math.ceil((factor - 1) * S), FIRST_LOOK // 2))
