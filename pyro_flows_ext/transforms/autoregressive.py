@@ -104,7 +104,7 @@ class Autoregressive(FlowTransform):
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input("x", x)
         # Written out, and not a call: small networks notice one.
-        if x.numel() * self._width >= fused.MIN_NUMEL * x.shape[-1]:
+        if self._width and x.numel() * self._width >= fused.MIN_NUMEL * x.shape[-1]:
             layers = self.net.layers_at(self.context)
             if layers is not None:
                 found = affine_layer(x, None, Network(*layers), inverse=False)

@@ -219,7 +219,9 @@ class Run:
         gained = self.best.offer(score, se)
         if not is_first:
             self._note(gained)
-            if not gained and score < self.best.score - 2 * se:
+            # The error is not known where the round left no draw of finite weight.
+            lost = score == -math.inf < self.best.score
+            if not gained and (lost or score < self.best.score - 2 * se):
                 self.best.restore()
                 self.trainer.restart()
         self.announce("refining")

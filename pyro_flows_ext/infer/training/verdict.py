@@ -27,7 +27,9 @@ TOTAL_GRADIENTS = 1500
 CHAIN_ESS = 1000.0
 # Below these effective shares the guide's draws are too few places for chains to start from, before any training and after
 # some: a hundred steps cost less than chains that do not mix.
-LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.1, 0.02
+LEAST_EFFICIENCY_AT_START, LEAST_EFFICIENCY = 0.05, 0.02
+# Rounds whose draws were too few places. After that many chains start all the same: more training may not make it better.
+MAX_DECLINED = 4
 # Largest Monte Carlo error of an sd, relative; a normal latent has .022 from 1000 draws. Where it is larger, so many times as
 # many draws are made; an sd that is known no better then is one of a latent whose tails have no variance, or nearly none.
 MAX_SD_ERROR, MORE_DRAWS = 0.05, 2
@@ -66,6 +68,7 @@ class TrustCheck:
     caveats: list[str] = field(default_factory=list)
     budget: int = REFINE_GRADIENTS
     num_gradients: int = 0
+    num_declined: int = 0
 
     @property
     def is_exhausted(self) -> bool:
@@ -102,7 +105,10 @@ class TrustCheck:
             )
             return self.refined.mixed and self._has_no_findings(target, start)
         least = LEAST_EFFICIENCY_AT_START if first else LEAST_EFFICIENCY
-        if not self.refine or not (last or result.efficiency >= least):
+        if not self.refine:
+            return False
+        if not last and result.efficiency < least and self.num_declined < MAX_DECLINED:
+            self.num_declined += 1
             return False
         target, start = self.posterior.start(first)
         budget = MAX_GRADIENTS if last else self.budget

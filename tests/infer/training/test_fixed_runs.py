@@ -241,7 +241,7 @@ def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path):
         )
 
     expected = run(None).losses
-    (tmp_path / "run.ckpt").unlink()
+    (tmp_path / "run.ckpt").unlink(missing_ok=True)
     assert run(50).reason == "interrupted"
     torch.testing.assert_close(run(None, resume=True).losses, expected, rtol=0, atol=0)
 
