@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import Density
-from ..infer.density.rows import as_tensor
+from ..infer.density.arrays import as_tensor
 from ..ops import check_positive
 from .calibration import CalibrationResult, rank_among
 

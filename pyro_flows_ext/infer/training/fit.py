@@ -39,6 +39,7 @@ from ..warm_start import Mode, whiten_at_posterior
 from .enlarge import fit_enlarging
 from .objectives import ELBOObjective, Objective, PathObjective
 from .options import options_of
+from .outcome import outcome
 from .posterior import FlowPosterior, GuidePosterior, Posterior
 from .result import FitResult
 from .rounds import Callback
@@ -177,7 +178,7 @@ def _fit_one(
     )
     if is_resumed:
         run.resume()
-    return run.finish(*run.train(), begin)
+    return outcome(run, *run.train(), begin)
 
 
 def _share_particles(objective: Objective, loss: ELBO | None, processes: Processes) -> None:

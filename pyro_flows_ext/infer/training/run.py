@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,23 +12,22 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 
 from ...programs import Program, nonfinite_ignored
-from .._loop import OptimFactory, SchedulerFactory, decay, warn_of_skipped
+from .._loop import OptimFactory, SchedulerFactory, decay
 from ..distributed import Processes
 from ..warm_start import Mode, WarmStart
 from . import checkpoint as files
 from .objectives import Objective, PathObjective
+from .outcome import mean_and_se
 from .posterior import Posterior
 from .progress import Progress
-from .result import FitResult
 from .rounds import CALLBACK_STEPS, BestState, Callback, TrainingState, rounds
 from .steps import take_steps
 from .timing import Timing
 from .trainer import Trainer
-from .verdict import TrustCheck, advice, sentences
+from .verdict import TrustCheck
 
 # Draws weighed after a round.
 NUM_DRAWS = 2000
@@ -37,9 +35,6 @@ NUM_DRAWS = 2000
 FIRST_ROUND = 100
 # Rounds in a row without a gain beyond chance that end a run.
 LEVEL_ROUNDS = 2
-# Windows of this share of a fixed run, in its middle and at its end, are compared for convergence. The last two would not
-# do: a rate that falls to nothing levels any loss.
-WINDOW, TOLERANCE = 0.1, 0.1
 # Where steps are not finite.
 ADVICE = "check the model for values outside a support, lower lr, or start closer with init_loc_fn and init_scale"
 
@@ -340,46 +335,8 @@ class Run:
             self.check.num_gradients = saved["num_gradients"]
         files.set_random_state(saved["random"])
 
-    # --- the result ---
-
-    def finish(self, reason: str, trusted: bool, begin: float) -> FitResult:
-        """The result of the run."""
-        losses = torch.tensor(self.state.losses, dtype=torch.float64)
-        skipped = int(losses.isnan().sum())
-        warn_of_skipped(skipped, len(losses))
-        importance = None if self.check is None else self.check.importance
-        refined = None if self.check is None else self.check.refined
-        findings = [] if self.check is None else self.check.findings
-        caveats = [] if self.check is None else self.check.caveats
-        if self.problem is not None:
-            findings = [self.problem, *findings]
-        window_elbo, window_se, level = _window(losses)
-        elbo, elbo_se = window_elbo, window_se
-        if importance is not None and not self.options.is_fixed:
-            elbo, elbo_se = importance.elbo, importance.elbo_se
-        return FitResult(
-            guide=self.guide,
-            trusted=trusted,
-            reason="trusted" if trusted else reason,
-            advice=tuple(
-                sentences(caveats) if trusted else advice(reason, importance, refined, findings)
-            ),
-            importance=importance,
-            refined=refined,
-            elbo=elbo,
-            elbo_se=elbo_se,
-            losses=losses,
-            converged=trusted or reason == "level" or (self.options.is_fixed and level),
-            steps=len(losses),
-            skipped_steps=skipped,
-            seconds=time.perf_counter() - begin,
-            warm_start=self.warm_start,
-            compiled=self.trainer.compiled is not None,
-            _draw=self._draw if isinstance(self.guide, AutoGuide) else None,
-            _program=(self.model, self.args, self.kwargs),
-        )
-
-    def _draw(self, num: int) -> dict[str, torch.Tensor]:
+    def draw(self, num: int) -> dict[str, torch.Tensor]:
+        """Draws of the guide alone."""
         if hasattr(self.guide, "sample_posterior"):
             return self.guide.sample_posterior(num, *self.args, **self.kwargs)
         with torch.no_grad():
@@ -388,25 +345,6 @@ class Run:
         # Without sites of the guide alone, such as the unconstrained values of AutoNormal.
         own = {f"{name}_unconstrained" for name in draws}
         return {k: v for k, v in draws.items() if not k.startswith("_") and k not in own}
-
-
-def mean_and_se(window: torch.Tensor) -> tuple[float, float]:
-    """The mean of what is finite, and its standard error."""
-    window = window[window.isfinite()]
-    if len(window) < 2:
-        return (window.mean().item() if len(window) else math.nan), math.inf
-    return window.mean().item(), (window.std() / len(window) ** 0.5).item()
-
-
-def _window(losses: torch.Tensor) -> tuple[float, float, bool]:
-    """Mean and standard error of the bound over the last tenth of steps, and whether it is level with the middle ones."""
-    if not len(losses):
-        return math.nan, math.inf, True
-    size, middle = max(1, int(WINDOW * len(losses))), len(losses) // 2
-    mean, se = mean_and_se(losses[-size:])
-    before, before_se = mean_and_se(losses[middle : middle + size])
-    # Comparisons with NaN are False: an estimate that is not there is not level.
-    return -mean, se, before - mean <= TOLERANCE + 2 * math.hypot(se, before_se)
 
 
 @contextmanager
