@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# The least time of a gradient that is believed.
+LEAST_SECONDS = 1e-6
+
 
 class Target(Protocol):
     """A log density on ℝᴰ; `LogJoint` is one.
@@ -70,7 +73,8 @@ class MeasuredTarget:
         for rows in (1, num_rows):
             begin = self._clock()
             self.value_and_gradient(loc.expand(rows, -1).clone())
-            self._seconds[rows] = self._clock() - begin
+            # Clocks of processor time may stand still for milliseconds.
+            self._seconds[rows] = max(self._clock() - begin, LEAST_SECONDS)
 
     def seconds(self, num_rows: int) -> float:
         """The time that a gradient of so many rows takes, from the two that were measured: a + b N."""

@@ -273,3 +273,10 @@ def test_no_density_anywhere_is_an_error():
 def test_a_guide_that_cannot_be_whitened_is_refused():
     with pytest.raises(TypeError, match="expected a flow guide over all latents"):
         warm_start(gaussian, AutoNormal(gaussian))
+
+
+def test_a_clock_that_stands_still_is_no_division_by_zero(monkeypatch):
+    monkeypatch.setattr(MeasuredTarget, "_clock", lambda self: 7.0)
+    target, loc, _scale_tril = random_normal(3, spread=1.0)
+    found = find_gaussian(target, start_of(target))
+    torch.testing.assert_close(found.gaussian.loc, loc, rtol=0, atol=0.05)
