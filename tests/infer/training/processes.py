@@ -195,7 +195,7 @@ def batches(folder):
     drawn = []
     guide = AutoNormal(model)
     result = fit(model, guide, y, num_steps=30, progress=False, seed=0)
-    (folder / f"drawn-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(drawn[-1]))
+    (folder / f"drawn-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(drawn))
     return guide, result
 
 
