@@ -27,6 +27,8 @@ FIRST_LOOK, MAX_LOOKS = 16, 6
 MARGIN = 1.15
 # Draws of each chain that are left where the first half is discarded.
 MIN_LEFT = 4
+# Times the budget that chains would need, by R-hat, where they give up.
+HOPELESS = 1.5
 # Draws of the guide that the chains' starts stand for: their mean is known to .011 sd.
 POPULATION = 8192
 # Effective draws at which chains stop: means to .03 sd over the worst of 20 latents.
@@ -111,6 +113,7 @@ def refine_density(
     max_seconds: float | None = None,
     target_ess: float = TARGET_ESS,
     previous: RefineResult | None = None,
+    gives_up: bool = False,
 ) -> RefineResult:
     """Chains that run until they mix: see `refine`.
 
@@ -121,12 +124,15 @@ def refine_density(
         target_ess: effective draws of every latent at which to stop; in proportion fewer, but 400, with fewer chains than 128 by
             default.
         previous: the result of `verify` at the same start, whose chains then go on.
+        gives_up: whether to end, unmixed, where R-hat says that several times the budget would be needed.
     """
     run = _Run(target, start, num_chains, max_gradients, max_seconds, previous)
     # Where gradients are dear there are fewer chains, and fewer draws have to do.
     share = 1.0 if num_chains is not None else len(run.chains.u) / CHAINS_BY_SECONDS[0][1]
     wanted = run.target_ess = max(MIN_ESS, share * target_ess)
-    return run.until(lambda: run.is_mixed and run.min_ess >= wanted)
+    return run.until(
+        lambda: (run.is_mixed and run.min_ess >= wanted) or (gives_up and run.is_hopeless)
+    )
 
 
 class _Run:
@@ -230,6 +236,15 @@ class _Run:
     @property
     def is_divergent(self) -> bool:
         return self.chains.divergent > MAX_DIVERGENT
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether, from what a draw has cost so far and R-hat² - 1 ~ 1 / S, the budget is too small by far."""
+        S = self.chains.u.shape[1]
+        if S < FIRST_LOOK or self.max_r_hat <= MAX_R_HAT:
+            return False
+        factor = (self.max_r_hat**2 - 1) / (MAX_R_HAT**2 - 1)
+        return factor * S * self.chains.tuning.num_leapfrog > HOPELESS * self.max_gradients
 
     def _is_spent(self) -> bool:
         left = self.max_gradients - self.num_gradients

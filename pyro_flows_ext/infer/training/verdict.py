@@ -115,7 +115,9 @@ class TrustCheck:
         self.budget = min(2 * self.budget, MAX_GRADIENTS)
         # Chains from few places need longer to forget them.
         ess = CHAIN_ESS if result.efficiency >= FAIR_EFFICIENCY else 2 * CHAIN_ESS
-        self.refined = refine_density(target, start, max_gradients=budget, target_ess=ess)
+        self.refined = refine_density(
+            target, start, max_gradients=budget, target_ess=ess, gives_up=first
+        )
         self.num_gradients += self.refined.num_gradients
         return self.refined.mixed and self._has_no_findings(target, start)
 

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_flows_ext.guides import AutoIAF, AutoPlanar
-from pyro_flows_ext.infer.refine import refine, start_at, verify
+from pyro_flows_ext.infer.refine import refine, refine_density, start_at, verify
 
 Y = torch.tensor([0.3, 1.9, 1.2, -0.4, 1.5])
 
@@ -205,3 +205,20 @@ def test_refusals():
         refine(subsampled, setup(AutoNormal(subsampled)), Y)
     with pytest.raises(ValueError, match=r"poin"):
         refine(normal_gamma, setup(AutoDelta(normal_gamma)), Y)
+
+
+def test_chains_give_up_where_the_budget_is_too_small_by_far():
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([1.0, 300.0])).to_event(1))
+
+    guide = AutoNormal(model, init_scale=1.0)
+    with torch.no_grad():
+        guide()
+    target, start = start_at(model, guide, (), {})
+    spent = {}
+    for gives_up in (False, True):
+        torch.manual_seed(0)
+        result = refine_density(target, start, max_gradients=400, gives_up=gives_up)
+        assert not result.mixed
+        spent[gives_up] = result.num_gradients
+    assert spent[True] < 0.8 * spent[False]
