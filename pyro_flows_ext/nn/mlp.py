@@ -131,6 +131,7 @@ def known_activation(module: nn.Module) -> Activation | None:
 
 
 def has_hooks(module: Any) -> bool:
+    """Whether calls of the module run more than its `forward`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -68,7 +68,7 @@ from .programs import check_density, check_import_is_pure, check_plates, integra
 
 
 class Check(Protocol):
-    """What the functions of all points look like."""
+    """The signature of the functions of all points."""
 
     __name__: str
 
@@ -145,7 +145,7 @@ def check_transform(
 
 
 class DensityCheck(Protocol):
-    """What the functions of all points of densities look like."""
+    """The signature of the functions of all points of densities."""
 
     def __call__(self, factory: DensityFactory, **options: Unpack[DensityOptions]) -> None: ...
 

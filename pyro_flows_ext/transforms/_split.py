@@ -77,7 +77,7 @@ class AxisSplit(Split):
 
     @property
     def columns(self) -> tuple[slice, slice] | None:
-        """What passes and what is transformed, as slices of the first dimension of the event; None if they are none."""
+        """The elements that pass and those transformed, as slices of the event's first dimension; None if they are none."""
         if not self._in_order:
             return None
         n, size = sum(self._sizes), self._sizes[0 if self._passed_first else 1]

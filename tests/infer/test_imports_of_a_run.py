@@ -1,4 +1,4 @@
-"""What a run of training imports: torch's compiler and sympy take longer than many a fit."""
+"""Imports of a run of training: torch's compiler takes longer than many a fit."""
 
 from __future__ import annotations
 

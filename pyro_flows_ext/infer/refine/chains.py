@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops import bulk_ess, quantiles, r_hat
-from .adaptation import Tuning, adapt
+from .adaptation import MAX_DIVERGENT, Tuning, adapt
 from .energy import Coordinates, Point, PulledBack
 from .leapfrog import transition
 
@@ -55,6 +55,11 @@ class ChainResult:
     def num_stuck(self) -> int:
         """How many chains accepted next to nothing, or are far out, where others hardly come."""
         return int(((self.acceptance < STUCK) | self._far_out).sum())
+
+    @property
+    def is_divergent(self) -> bool:
+        """Whether more trajectories diverged than should: the step is too long for some region."""
+        return self.divergent > MAX_DIVERGENT
 
     @property
     def has_far_chains(self) -> bool:
@@ -131,7 +136,7 @@ def run_chains(
 ) -> ChainResult:
     """HMC on log p(T(z)) + log|det T'(z)| with momenta N(0, I): C chains from the rows of z0, in one batch.
 
-    Where T is a flow trained towards p, z is nearly standard normal and chains mix in a few transitions. Chains start near
+    With a flow T trained towards p, z is nearly standard normal and chains mix in a few transitions. Chains start near
     the posterior, so that the first part adapts step size and trajectory length and is discarded: see `adapt`.
 
     Args:

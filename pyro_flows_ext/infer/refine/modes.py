@@ -57,7 +57,7 @@ def uncovered(
 
         deficit = log p(mode) - log Σ_k exp(log_mass_k) - log q(mode)
 
-    Where q is the posterior and Laplace's approximation holds, the deficit is zero at every mode. Points that are one mode
+    If q is the posterior and Laplace's approximation holds, the deficit is zero at every mode. Points that are one mode
     count once: those within one sd of each other would, but points of several ascents are taken as they come, so
     that callers pass distinct ones.
 

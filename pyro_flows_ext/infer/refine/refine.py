@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...programs import Latent, LogJoint, Program, evaluation_mode
 from .._loop import seeded
-from .adaptation import MAX_DIVERGENT, Tuning, tuned_step_size, without_divergences
+from .adaptation import Tuning, tuned_step_size, without_divergences
 from .chains import MAX_LEAPFROG, ChainResult, run_chains
 from .coordinates import Start, start_at
 from .drift import MIN_CHAINS, Drift, drift_from, drift_within
@@ -99,7 +99,8 @@ def verify(
     run = _Run(target, start, num_chains, max_gradients, max_seconds)
     return run.until(
         lambda: (
-            run.drift.detected or (run.drift.conclusive and run.is_settled and not run.is_divergent)
+            run.drift.detected
+            or (run.drift.conclusive and run.is_settled and not run.chains.is_divergent)
         )
     )
 
@@ -172,7 +173,7 @@ class _Run:
                 break
             # Chains that have moved were tuned too far from where they are now.
             moved = self.max_r_hat > MAX_R_HAT and (self.drift.detected or self.settling.detected)
-            tuning = None if moved and not self.is_divergent else self._tuning()
+            tuning = None if moved and not self.chains.is_divergent else self._tuning()
             num = self._num_missing()
             if self.settling.detected or self.chains.has_far_chains:
                 self.chains = self.chains.after(self.chains.u.shape[1] // 2)
@@ -204,7 +205,7 @@ class _Run:
             known
             and self.target_ess is not None
             and self.is_settled
-            and not self.is_divergent
+            and not self.chains.is_divergent
             and not self.chains.num_stuck
         ):
             by_r_hat = (self.max_r_hat**2 - 1) / (MAX_R_HAT**2 - 1)
@@ -230,12 +231,8 @@ class _Run:
     @property
     def is_mixed(self) -> bool:
         agree = self.max_r_hat <= MAX_R_HAT and self.min_ess >= MIN_ESS
-        is_sound = not self.chains.num_stuck and not self.is_divergent
+        is_sound = not self.chains.num_stuck and not self.chains.is_divergent
         return agree and self.is_settled and is_sound
-
-    @property
-    def is_divergent(self) -> bool:
-        return self.chains.divergent > MAX_DIVERGENT
 
     @property
     def is_hopeless(self) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...ops import bulk_ess, r_hat
-from .adaptation import MAX_DIVERGENT
 from .chains import ChainResult
 from .drift import Drift
 
@@ -67,7 +66,7 @@ class RefineResult:
             found.append(f"R-hat {self.max_r_hat:.2f} is above {MAX_R_HAT}")
         if not self.min_ess >= MIN_ESS:
             found.append(f"ESS {self.min_ess:.0f} is below {MIN_ESS:.0f}")
-        if self.chains.divergent > MAX_DIVERGENT:
+        if self.chains.is_divergent:
             found.append(
                 f"{self.chains.divergent:.1%} of trajectories diverge, so that chains hardly enter some narrow region"
             )
@@ -86,8 +85,7 @@ class RefineResult:
     @property
     def is_without_drift(self) -> bool:
         """Whether chains could have drifted from the guide's draws, and did not."""
-        is_sound = self.chains.divergent <= MAX_DIVERGENT
-        return is_sound and self.drift.conclusive and not self.drift.detected
+        return self.drift.conclusive and not self.drift.detected and not self.chains.is_divergent
 
     @property
     def mixed(self) -> bool:

@@ -302,6 +302,7 @@ class Run:
                 "best": best,
                 "budget": None if self.check is None else self.check.budget,
                 "num_gradients": 0 if self.check is None else self.check.num_gradients,
+                "num_declined": 0 if self.check is None else self.check.num_declined,
                 "modes": [[m.loc, m.log_joint, m.log_mass, m.num_climbs] for m in self.modes],
                 "random": files.random_state(),
             },
@@ -333,6 +334,7 @@ class Run:
         if self.check is not None:
             self.check.modes, self.check.budget = self.modes, saved["budget"]
             self.check.num_gradients = saved["num_gradients"]
+            self.check.num_declined = saved.get("num_declined", 0)
         files.set_random_state(saved["random"])
 
     def draw(self, num: int) -> dict[str, torch.Tensor]:

@@ -391,3 +391,33 @@ def test_plain_lines_without_a_terminal(capsys, monkeypatch):
 def test_misspelled_options_reach_the_model_and_raise():
     with warnings.catch_warnings(), pytest.raises(TypeError, match="num_step"):
         fit(regression, AutoNormal(regression), num_step=3, progress=False)
+
+
+def test_a_resumed_run_goes_on_counting_rounds_without_chains(monkeypatch, tmp_path):
+    verdict = import_module("pyro_flows_ext.infer.training.verdict")
+    run = import_module("pyro_flows_ext.infer.training.run")
+    monkeypatch.setattr(verdict, "LEAST_EFFICIENCY_AT_START", 2.0)
+    monkeypatch.setattr(verdict, "LEAST_EFFICIENCY", 2.0)
+    monkeypatch.setattr(verdict, "MAX_DECLINED", 100)
+    monkeypatch.setattr(verdict, "MAX_GRADIENTS", 40)
+    monkeypatch.setattr(run, "FIRST_ROUND", 5)
+    path, declined = tmp_path / "run.ckpt", []
+
+    def stop(state):
+        state.stop = True
+
+    for resume in (False, True):
+        pyro.clear_param_store()
+        fit(
+            funnel,
+            AutoIAF(funnel),
+            seed=0,
+            target_ess=0.9999,
+            checkpoint=path,
+            resume=resume,
+            callback=stop,
+            progress=False,
+        )
+        declined.append(torch.load(path, weights_only=True)["num_declined"])
+    # One before training and one a round.
+    assert declined == [2, 3]
