@@ -106,7 +106,7 @@ def _nsf() -> pf.FlowDistribution:
 
 # Name, batch of all processes together, and what takes some steps.
 CASES: dict[str, tuple[int, Callable[[int], tuple[list[float], float]]]] = {
-    "Glow 16 x 16 x 3": (256, partial(density, _glow, 256)),
+    "Glow 16 x 16 x 3": (512, partial(density, _glow, 512)),
     "NSF of 64 columns": (4096, partial(density, _nsf, 4096)),
     "autoencoder of 784 pixels": (4096, partial(autoencoder, 4096)),
 }

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._messages import Gradients
+
 Result = TypeVar("Result")
 
 # For processes that have not called yet. A process that dies is noticed at once, as its connections close.
@@ -64,6 +66,11 @@ class Processes:
         """This process's part of `num` rows."""
         return slice(None)
 
+    @contextmanager
+    def sending(self, params: Sequence[Tensor], weight: float) -> Iterator[None]:
+        """Sends gradients as soon as one backward pass has computed them, ahead of `average` of the same arguments."""
+        yield
+
     def average(self, value: float, params: Sequence[Tensor], weight: float) -> float:
         """Averages the gradients of `params` in place, and the value, weighted by rows; returns the value."""
         return value
@@ -91,6 +98,7 @@ class Group(Processes):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         nccl = dist.get_backend() == "nccl"
         self.device = torch.device("cuda" if nccl else "cpu")
+        self.gradients = Gradients([], self._send)
 
     def start(self, module: Any, agreed: dict[str, Any]) -> None:
         # The only backend with this barrier, which names the process that does not call; elsewhere the next message waits.
@@ -134,18 +142,27 @@ class Group(Processes):
     def part(self, num: int) -> slice:
         return slice(self.rank * num // self.count, (self.rank + 1) * num // self.count)
 
+    @contextmanager
+    def sending(self, params: Sequence[Tensor], weight: float) -> Iterator[None]:
+        gradients = self._gradients(params)
+        gradients.begin(weight)
+        hooks = [p.register_post_accumulate_grad_hook(gradients.put) for p in params]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def average(self, value: float, params: Sequence[Tensor], weight: float) -> float:
+        gradients = self._gradients(params)
+        gradients.send_all(weight)
         # Who has a gradient at all: a parameter without one keeps none, and its optimizer state.
         has = [float(p.grad is not None) for p in params]
         value, total, *counts = self.total(value * weight, weight, *has)
-        reached = [p for p, count in zip(params, counts, strict=True) if count]
-        if reached:
-            grads = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in reached]
-            flat = torch.cat([g.flatten().to(reached[0]) for g in grads]).mul_(weight / total)
-            self._together(lambda: dist.all_reduce(flat))
-            parts = flat.split([p.numel() for p in reached])
-            for p, part in zip(reached, parts, strict=True):
-                p.grad = part.view_as(p).to(p)
+        self._together(gradients.wait)
+        for p, count in zip(params, counts, strict=True):
+            if count:
+                p.grad = gradients.sum_of(p).div_(total)
         return value / total
 
     def total(self, *numbers: float) -> list[float]:
@@ -160,6 +177,15 @@ class Group(Processes):
         number = torch.tensor([value], dtype=torch.float64, device=self.device)
         self._together(lambda: dist.broadcast(number, 0))
         return number.item()
+
+    def _gradients(self, params: Sequence[Tensor]) -> Gradients:
+        """Those of the last step, where the parameters are the same."""
+        if not self.gradients.are_of(params):
+            self.gradients = Gradients(params, self._send)
+        return self.gradients
+
+    def _send(self, tensor: Tensor) -> Any:
+        return self._together(lambda: dist.all_reduce(tensor, async_op=True))
 
     def _copy(self, tensor: Tensor) -> None:
         # Contiguous, as a broadcast writes over memory in its order.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from pyro.infer import Trace_ELBO
 
-from pyro_flows_ext.infer import CompiledSVI
+from pyro_flows_ext.infer import CompiledSVI, _messages
 from pyro_flows_ext.infer.distributed import Group, Processes, find_processes
 
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -140,6 +140,66 @@ def test_one_process_changes_nothing():
     assert list(range(7))[processes.part(7)] == list(range(7))
     assert processes.total(1.0, 2.0) == [1.0, 2.0]
     assert repr(processes) == "process 0 of 1"
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Group()
+    dist.destroy_process_group()
+
+
+def test_gradients_are_sent_in_several_messages_during_the_backward_pass(group, monkeypatch):
+    monkeypatch.setattr(_messages, "MESSAGE_BYTES", 64)
+    layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).double(), torch.nn.Linear(4, 4)]
+    params = [p for layer in layers for p in layer.parameters()]
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", _recording(dist.all_reduce, sent))
+    for scale in (1.0, -2.0):  # the second step takes the messages of the first
+        x = layers[1](layers[0](torch.ones(3, 4)).double())
+        loss = scale * x.square().sum()
+        expected = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        sent.clear()
+        with group.sending(params, 3.0):
+            loss.backward()
+        assert sent == []  # the last layer comes first, and has no gradient
+        value = group.average(5.0, params, 3.0)
+        assert value == 5.0
+        assert sent == [20, 20, 20, 8]
+        for p, grad in zip(params, expected, strict=True):
+            if grad is None:
+                assert p.grad is None
+            else:
+                torch.testing.assert_close(p.grad, grad)
+            p.grad = None
+    reached = params[:4]
+    sent.clear()
+    with group.sending(reached, 1.0):
+        layers[1](layers[0](torch.ones(3, 4)).double()).sum().backward()
+    assert sent == [20, 20]
+    group.average(0.0, reached, 1.0)
+
+
+def test_a_second_backward_pass_is_refused_where_gradients_were_sent(group):
+    p = torch.ones(3, requires_grad=True)
+    with group.sending([p], 1.0):
+        p.sum().backward()
+        with pytest.raises(RuntimeError, match="expected one backward pass a step"):
+            p.sum().backward()
+    p.grad = None
+    # Nothing is left of it: the next step is as any other.
+    with group.sending([p], 1.0):
+        (2 * p).sum().backward()
+    group.average(0.0, [p], 1.0)
+    assert p.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def _recording(reduce, sent):
+    def recorded(tensor, **options):
+        sent.append(tensor.numel())
+        return reduce(tensor, **options)
+
+    return recorded
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cpu:gloo"])
