@@ -8,7 +8,7 @@ guide a Gaussian for each datum, whose mean and scale it computes. Each size tra
 epoch, and the error of the posterior means in posterior sds, over 10⁵ data, against the closed form.
 
     by argument   the loop of the user passes the rows of each mini-batch, in a new order each epoch, as `x` and `index`
-    by subsample  `fit` with `subsample_size`: Pyro draws a permutation of all data at each step
+    by subsample  `fit` with `subsample_size`: the plate draws a mini-batch at each step
 """
 
 from __future__ import annotations

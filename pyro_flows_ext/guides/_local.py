@@ -13,19 +13,23 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from ..distributions.tensors import map_tensors
-from ..programs import Latent, check_inside, check_log_prob, support_of, tensors_of
+from ..programs import (
+    Latent,
+    SparseSubsample,
+    check_inside,
+    check_log_prob,
+    support_of,
+    tensors_of,
+)
 
 Program = Callable[..., Any]
 
-# A permutation of all data takes longer than a step of most guides from so many data on, of which a mini-batch takes at
-# most one in `SPARSE`.
-MANY_DATA, SPARSE = 65_536, 8
 # Indices are taken for given, not drawn, if equal in so many runs that drawn ones would be so once in 2³⁰ setups.
 BITS = 30
 
@@ -260,29 +264,6 @@ class DataPlate:
         if (plate.size, plate.subsample_size) != (self.full_size, self.size):
             return False
         return self.indices is None or torch.equal(plate.indices.to(self.indices), self.indices)
-
-
-class SparseSubsample(Messenger):
-    """Draws the indices of small mini-batches of many data in time of the mini-batch; Pyro's plate permutes all data."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if not isinstance(fn, _Subsample) or msg["value"] is not None or fn.subsample_size is None:
-            return
-        if fn.size >= MANY_DATA and fn.subsample_size * SPARSE <= fn.size:
-            msg["value"] = distinct(fn.size, fn.subsample_size, fn.device)
-
-
-def distinct(num: int, size: int, device: Any = None) -> Tensor:
-    """`size` different integers below `num`, which is many times larger, in random order.
-
-    Of twice as many draws the repeated ones are left out; shapes are fixed, so that this traces. Enough are different but for
-    a probability below 1e-14 from `MANY_DATA` on.
-    """
-    drawn = torch.randint(num, (2 * size,), device=device).sort().values
-    keys = torch.rand(2 * size, device=device)
-    repeated = torch.cat([drawn.new_zeros(1, dtype=torch.bool), drawn[1:] == drawn[:-1]])
-    return drawn[torch.where(repeated, 2.0, keys).argsort()[:size]]
 
 
 class _Reached(Exception):

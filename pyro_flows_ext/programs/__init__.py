@@ -19,6 +19,7 @@ from .masks import is_maskable, is_masked
 from .match import check_density, check_latents, check_shapes, traces_of
 from .particles import Particles, draw_particles
 from .raising import ERRORS
+from .subsamples import SparseSubsample, draw_subsample
 from .supports import (
     CIRCULAR,
     SPHERICAL,
@@ -57,6 +58,7 @@ __all__ = [
     "Particles",
     "Program",
     "Site",
+    "SparseSubsample",
     "bijection",
     "check_density",
     "check_finite_log_joint",
@@ -68,6 +70,7 @@ __all__ = [
     "constrain",
     "describe_nonfinite",
     "draw_particles",
+    "draw_subsample",
     "evaluation_mode",
     "in_particles",
     "is_delta",

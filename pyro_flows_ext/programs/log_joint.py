@@ -25,6 +25,7 @@ from .latents import (
 from .masks import completing_log_prob
 from .match import check_marginalised
 from .raising import ERRORS, NaNForFailures, first_line, guarded
+from .subsamples import draw_subsample
 from .supports import bijection, support_of
 from .traces import (
     Program,
@@ -290,7 +291,7 @@ class LogJoint:
 
     def _draw_subsamples(self) -> dict[str, Tensor]:
         """One subsample of each subsampled plate, shared by all particles of a call."""
-        return {name: fn() for name, fn in self._subsamples.items()}
+        return {name: draw_subsample(fn) for name, fn in self._subsamples.items()}
 
     def _evaluate(self, u: Tensor, fixed: Values) -> Tensor:
         """The log density `(N)` of u `(N, D)`, without care for particles that raise."""

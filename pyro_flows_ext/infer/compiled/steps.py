@@ -14,7 +14,7 @@ from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from ...programs import Program, recorded_parameters
+from ...programs import Program, SparseSubsample, recorded_parameters
 from ..distributed import count_processes
 from .call import Call, read_arguments
 from .program import Backend, StepProgram
@@ -246,7 +246,8 @@ class CompiledTraining:
         trained = {name: p for name, p in params.items() if p.requires_grad}
         self._signature = CompiledSignature(trained, self._arguments)
         self._check_memory()
-        self._signature.trace(self._call, self._arguments)
+        with SparseSubsample():
+            self._signature.trace(self._call, self._arguments)
         self._program = self._signature.build(
             self._call, partial(owner_of, optim), self._arguments, 1, backend, clip_norm
         )
@@ -262,7 +263,8 @@ class CompiledTraining:
         Raises:
             UnsupportedForCompilation: if parameters, closed-over state or the optimizer have changed; no step was taken.
         """
-        self._signature.check(self._call, self._arguments)
+        with SparseSubsample():
+            self._signature.check(self._call, self._arguments)
         if not self._signature.is_current(self._program.steps_seen):
             raise UnsupportedForCompilation(
                 "parameters, closed-over state or settings of the optimizer have changed"

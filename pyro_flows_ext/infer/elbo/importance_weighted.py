@@ -18,7 +18,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from ...programs import Program, traces_of, vectorization_error
+from ...programs import Program, draw_subsample, traces_of, vectorization_error
 from .path_gradients import CutMessenger, has_parameters, through_draws
 from .weights import Weights, check_reparameterized, importance_weights
 
@@ -213,5 +213,5 @@ class _SharedSubsample(Messenger):
         if site_is_subsample(msg) and msg["value"] is None:
             name = msg["name"]
             if name not in self.values:
-                self.values[name] = msg["fn"](*msg["args"], **msg["kwargs"])
+                self.values[name] = draw_subsample(msg["fn"])
             msg["value"] = self.values[name]

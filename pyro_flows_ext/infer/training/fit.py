@@ -27,6 +27,7 @@ from ...programs import (
     check_shapes,
     latent_sites,
     nesting_of,
+    sample_sites,
     traces_of,
     unconstrain,
     vectorization_error,
@@ -321,7 +322,10 @@ def _posterior(
     sites = [site for _, site in latent_sites(single[1])]
     numbers = sum(site["value"].numel() for site in sites)
     subsampled = any(
-        f.full_size not in (None, f.size) for s in sites for f in s["cond_indep_stack"]
+        f.full_size not in (None, f.size)
+        for trace in single
+        for _, site in sample_sites(trace)
+        for f in site["cond_indep_stack"]
     )
     if numbers > MAX_CHAIN_DIM or subsampled:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...guides import AutoFlow
-from ...programs import LogJoint, Program, recorded_parameters
+from ...programs import LogJoint, Program, SparseSubsample, recorded_parameters
 from ..elbo.path_gradients import draw_with_density
 
 # Below this share of particles with a finite density a step has too little to go by, and is skipped.
@@ -40,7 +40,7 @@ class ELBOObjective:
         self.named: dict[str, Tensor] = {}
 
     def __call__(self) -> tuple[float, list[Tensor]]:
-        with recorded_parameters() as self.named:
+        with SparseSubsample(), recorded_parameters() as self.named:
             value = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
         return float(value), list({id(p): p for p in self.named.values()}.values())
 
