@@ -70,8 +70,9 @@ def fit_density(
         scheduler: makes a `torch.optim.lr_scheduler` from the optimizer, in place of `schedule`; stepped after every
             update, or with the validation loss where it goes by it.
         clip_norm: the largest joint norm of the gradients.
-        evaluate_every: steps between evaluations; None for a fiftieth of the run.
-        patience: evaluations in a row without a better one that end the run; None for never.
+        evaluate_every: steps between evaluations; None for a fiftieth of the run, or of each part with `first_steps`.
+        patience: evaluations in a row without a better one that end the run; None for never. In steps it is `patience *
+            evaluate_every`: by default a fifth of `num_steps`, as the rate, and so the progress to wait for, falls with them.
         first_steps: steps that hold the part `trained_later` of a density; None for half of them where there is one.
         callback: is called with the `DensityTrainingState` after every evaluation.
         seed: makes the run reproducible, and leaves the global generators as they were.

@@ -142,6 +142,15 @@ def test_early_stopping_restores_the_best(patience):
     assert result.validation_steps[-1] == result.steps
 
 
+@constant
+@pytest.mark.parametrize("num_steps", [100, 200])
+def test_the_default_patience_is_a_fifth_of_the_run(num_steps):
+    validation = torch.zeros(2, 1)  # the start is best
+    result = quick(Shift(), torch.full((8, 1), 5.0), validation=validation, num_steps=num_steps)
+    assert result.stopped_early
+    assert (result.best_step, result.steps) == (0, num_steps // 5)
+
+
 def test_the_seed_fixes_everything_and_leaves_the_generator_alone():
     data, runs = rows(100), []
     start = {k: v.clone() for k, v in DENSITIES["indexed"]().state_dict().items()}
