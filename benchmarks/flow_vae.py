@@ -157,13 +157,17 @@ def score(density: FlowVAE | MultiScaleFlow, images: Images, particles: int) -> 
 
 @torch.no_grad()
 def draw(densities: dict[str, Any], images: Images) -> Figure:
-    """By column a density, by row test images and what their codes tell, samples, and ways between two codes."""
+    """For each density, three abreast: test images and what their codes tell, samples, and ways between two codes."""
     logits = to_logits(images.test[:10], images.num_greys, 0)[0]
-    figure = Figure(figsize=(2.8 * len(densities), 3.6), layout="constrained")
-    cells = figure.subplots(3, len(densities), height_ratios=[2, 3, 3], squeeze=False)
+    abreast = min(3, len(densities))
+    lines = math.ceil(len(densities) / abreast)
+    figure = Figure(figsize=(2.8 * abreast, 3.6 * lines), layout="constrained")
+    cells = figure.subplots(3 * lines, abreast, height_ratios=[2, 3, 3] * lines, squeeze=False)
     for cell in cells.flat:
         cell.set_axis_off()
-    for column, (name, density) in zip(cells.T, densities.items(), strict=True):
+    for i, (name, density) in enumerate(densities.items()):
+        line, position = divmod(i, abreast)
+        column = cells[3 * line : 3 * line + 3, position]
         torch.manual_seed(3)
         _show(column[1], density.sample((30,)), f"{name}: samples", images.num_greys)
         if isinstance(density, FlowVAE):
