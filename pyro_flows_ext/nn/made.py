@@ -128,8 +128,12 @@ class MADE(nn.Module):
 
     def layers_at(
         self, context: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Activation, bool] | None:
-        """Weights, biases, activation and `residual`, for `ops.perceptron`; None for other activations."""
+    ) -> tuple[list[Tensor], list[Tensor], Activation, bool, Tensor, list[int] | None] | None:
+        """Weights, biases, activation and `residual`, for `ops.perceptron`; None for other activations.
+
+        Then the order of the variables, and how many units of the last hidden layer the first 0, 1, ... of
+        them read, None without a hidden layer.
+        """
         check_context(context, self.context_dim)
         known = known_activation(self.activation)
         if known is None:
@@ -137,7 +141,8 @@ class MADE(nn.Module):
         weights, biases = map(list, zip(*self._masked(), strict=True))
         if context is not None:
             biases[0] = F.linear(context, self.context_layer.weight, biases[0])  # type: ignore[union-attr]
-        return weights, biases, known, self.residual
+        reach = self._begins[-2] if len(weights) > 1 else None
+        return weights, biases, known, self.residual, self.order, reach
 
     def substitute(
         self, y: Tensor, solve: Solve, context: Tensor | None = None

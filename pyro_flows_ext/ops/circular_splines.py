@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .rational_quadratic import MIN_BIN, backwards, end_slopes, forwards
+from .rational_quadratic import MIN_BIN, end_slopes
 from .shapes import broadcast_shapes
-from .splines import knots_of
+from .splines import knots_of, of_bins
 
 
 def circular_rq_spline(x: Tensor, raw: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -55,9 +55,8 @@ def circular_rq_spline(x: Tensor, raw: Tensor, *, inverse: bool = False) -> tupl
     z = wrap(x - turn if inverse else x)
     k = (z >= knots[1 if inverse else 0, 1:-1]).sum(0)
     ends = torch.stack([k, k + 1])
-    at = knots.expand(2, K + 1, *x.shape).gather(1, ends.expand(2, 2, *x.shape))
     of_bin = end_slopes(slopes.expand(K + 1, *x.shape).gather(0, ends))
-    value, slope = (backwards if inverse else forwards)(z, at, of_bin)
+    value, slope = of_bins(z, knots, ends, of_bin, inverse)
     return wrap(value if inverse else value + turn), slope.log()
 
 

@@ -111,14 +111,27 @@ def run_layers(
     residual: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The output, the inputs of all layers but the first, and the activations of all layers but the last."""
+    inputs, activations = run_hidden(x, weights[:-1], biases[:-1], activation, residual)
+    h = inputs[-1] if inputs else x
+    return torch.addmm(biases[-1], h, weights[-1].t()), inputs, activations
+
+
+def run_hidden(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: Activation,
+    residual: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of hidden layers, and their activations, which differ where a layer is residual."""
     h = x
-    inputs, activations = [], []
-    for i, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
+    outputs, activations = [], []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         a = activation.apply_(torch.addmm(bias, h, weight.t()))
         h = h + a if residual and i and a.shape[-1] == h.shape[-1] else a
-        inputs.append(h)
+        outputs.append(h)
         activations.append(a)
-    return torch.addmm(biases[-1], h, weights[-1].t()), inputs, activations
+    return outputs, activations
 
 
 class _Perceptron(torch.autograd.Function):
@@ -166,15 +179,15 @@ def layer_gradients(
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """From the cotangent of the output: that of the first layer's sums, and the gradients by weights and biases.
 
-    `inputs` are of all layers, `activations` of all but the last, as `run_layers` returns them; `needed` is for the weights and
-    then for the biases.
+    `inputs` are of all layers, `activations` of all but the last, as `run_layers` returns them, or of all if the last is a
+    hidden layer too: then g is overwritten. `needed` is for the weights and then for the biases.
     """
     n = len(weights)
     by_weights: list[Tensor | None] = [None] * n
     by_biases: list[Tensor | None] = [None] * n
     skipped = None  # the cotangent that goes past a residual layer
     for i in range(n - 1, -1, -1):
-        if i < n - 1:
+        if i < len(activations):
             a = activations[i]
             is_residual = residual and i and a.shape[-1] == inputs[i].shape[-1]
             skipped, out = (g, torch.empty_like(g)) if is_residual else (None, g)

@@ -25,23 +25,24 @@ def end_slopes(raw: Tensor) -> Tensor:
     return MIN_SLOPE + F.softplus(raw + SLOPE_SHIFT)
 
 
-# The bin that holds a value has the corners `at` `(2, 2, *)` (x or y; lower or upper), a mean slope s, and slopes d0 and d1
-# at its ends. With ξ and η the places of x and y between its ends, from 0 to 1, and with (1 - ξ) a + ξ b written a ⊕ b,
+# The bin that holds a value has the lower corner (x0, y0), the width w and the height h, a mean slope s = h / w, and slopes d0
+# and d1 at its ends. With ξ and η the places of x and y between its ends, from 0 to 1, and (1 - ξ) a + ξ b written a ⊕ b,
 #     u = d0 ⊕ s,   v = s ⊕ d1,   D = v ⊕ u,   η = ξ u / D,   dη/dξ = s (u ⊕ v) / D²
 # is the rational quadratic of the paper. All of s, d0, d1 are positive, hence so are their averages, whatever the rounding.
+# Corners, sizes and slopes are `(2, *)`, places `(*)`.
 
 
-def forwards(x: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def forwards(xi: Tensor, lower: Tensor, size: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """g(x) and g'(x)."""
     d0, d1 = slopes.unbind()
-    x0, y0, w, h = lower_and_size(at)
-    s, xi = h / w, (x - x0) / w
+    w, h = size.unbind()
+    s = h / w
     u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
     D = torch.lerp(v, u, xi)
-    return y0 + h * (xi * u / D), torch.lerp(u, v, xi) * (s / D) ** 2
+    return lower[1] + h * (xi * u / D), torch.lerp(u, v, xi) * (s / D) ** 2
 
 
-def backwards(y: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def backwards(eta: Tensor, lower: Tensor, size: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """g⁻¹(y) and its derivative.
 
     ξ u - η D = 0 is quadratic in ξ. With p = d0 (1 - η) - d1 η, its discriminant is r² = p² + 4 s² η (1 - η): positive
@@ -49,8 +50,8 @@ def backwards(y: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     = 2 s η + r - p : 2 s (1 - η) + r + p, where nothing cancels that matters. At the root its derivative is r: dη/dξ = r / D.
     """
     d0, d1 = slopes.unbind()
-    x0, y0, w, h = lower_and_size(at)
-    s, eta = h / w, (y - y0) / h
+    w, h = size.unbind()
+    s = h / w
     zeta = 1 - eta
     p = d0 * zeta - d1 * eta
     a, b = 2 * s * eta, 2 * s * zeta
@@ -59,53 +60,47 @@ def backwards(y: Tensor, at: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     b = b + (r + p)
     xi = a / (a + b)
     D = torch.lerp(torch.lerp(s, d1, xi), torch.lerp(d0, s, xi), xi)
-    return x0 + w * xi, D / (s * r)
-
-
-def lower_and_size(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The lower corner of a bin, its width and its height."""
-    lower, upper = at.unbind(1)
-    x0, y0 = lower.unbind()
-    w, h = (upper - lower).unbind()
-    return x0, y0, w, h
+    return lower[0] + w * xi, D / (s * r)
 
 
 def gradient(
-    x: Tensor, at: Tensor, slopes: Tensor, by_value: Tensor, by_log_slope: Tensor
+    xi: Tensor, size: Tensor, slopes: Tensor, by_value: Tensor, by_log_slope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of g(x) and log g'(x): by x, by (x0, y0), by (w, h) and by (d0, d1), the last three `(2, *)`.
 
     With η = ξ u / D, Q = u ⊕ v and log g' = log Q + 2 log s - 2 log D, in reverse order.
     """
     d0, d1 = slopes.unbind()
-    x0, _, w, h = lower_and_size(at)
-    s, xi = h / w, (x - x0) / w
+    w, h = size.unbind()
+    s = h / w
     u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
     D, Q = torch.lerp(v, u, xi), torch.lerp(u, v, xi)
-    eta = xi * u / D
-    by_Q = by_log_slope / Q
-    by_xi_u = by_value * h / D
-    by_D = -(2 * by_log_slope / D).addcmul_(by_xi_u, eta)
+    eta = (xi * u).div_(D)
+    by_Q = torch.div(by_log_slope, Q, out=Q)
+    by_xi_u = (by_value * h).div_(D)
+    by_D = torch.div(by_log_slope, D, out=D).mul_(-2).addcmul_(by_xi_u, eta, value=-1)
     by_u = torch.lerp(by_Q, by_D, xi).addcmul_(by_xi_u, xi)
     by_v = torch.lerp(by_D, by_Q, xi)
-    by_d1 = by_v * xi
-    by_d0 = torch.addcmul(by_u, by_u, xi, value=-1)
-    by_s = (2 * by_log_slope / s).add_(by_u).add_(by_v).sub_(by_d0).sub_(by_d1)
-    by_xi = (by_xi_u * u).addcmul_(by_Q - by_D, v - u)
+    by_slopes, lower, by_size = (torch.empty_like(size) for _ in range(3))
+    torch.mul(by_v, xi, out=by_slopes[1])
+    torch.addcmul(by_u, by_u, xi, value=-1, out=by_slopes[0])
+    by_s = (by_log_slope / s).mul_(2).add_(by_u).add_(by_v).sub_(by_slopes[0]).sub_(by_slopes[1])
+    by_xi = by_xi_u.mul_(u).addcmul_(by_Q.sub_(by_D), v - u)
     by_xi.addcmul_(by_v, d1 - s).addcmul_(by_u, s - d0)
-    by_x = by_xi / w
-    by_ratio = by_s / w
-    by_w = -(by_x * xi).addcmul_(by_ratio, s)
-    by_h = torch.addcmul(by_ratio, by_value, eta)
-    lower, size = torch.stack([-by_x, by_value]), torch.stack([by_w, by_h])
-    return by_x, lower, size, torch.stack([by_d0, by_d1])
+    by_x = by_xi.div_(w)
+    by_ratio = by_s.div_(w)
+    torch.neg(by_x, out=lower[0])
+    lower[1] = by_value
+    torch.mul(lower[0], xi, out=by_size[0]).addcmul_(by_ratio, s, value=-1)
+    torch.addcmul(by_ratio, by_value, eta, out=by_size[1])
+    return by_x, lower, by_size, by_slopes
 
 
-def log_slope_gradient(x: Tensor, at: Tensor, slopes: Tensor) -> Tensor:
+def log_slope_gradient(xi: Tensor, size: Tensor, slopes: Tensor) -> Tensor:
     """∂ log g'(x) / ∂x, the parameters held fixed."""
     d0, d1 = slopes.unbind()
-    x0, _, w, h = lower_and_size(at)
-    s, xi = h / w, (x - x0) / w
+    w, h = size.unbind()
+    s = h / w
     u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
     D, Q = torch.lerp(v, u, xi), torch.lerp(u, v, xi)
     by_u, by_v = s - d0, d1 - s

@@ -61,10 +61,20 @@ def by_autograd(
     z = x.clamp(-bound, bound)
     k = (z >= knots[1 if inverse else 0, 1:-1]).sum(0)
     ends = torch.stack([k, k + 1])
-    at = knots.expand(2, num_bins + 1, *x.shape).gather(1, ends.expand(2, 2, *x.shape))
     slopes = raw_slopes.expand(num_bins + 1, *x.shape).gather(0, ends)
-    value, slope = (backwards if inverse else forwards)(z, at, end_slopes(slopes))
+    value, slope = of_bins(z, knots, ends, end_slopes(slopes), inverse)
     return torch.where(inside, value, x), torch.where(inside, slope.log(), 0.0)
+
+
+def of_bins(
+    z: Tensor, knots: Tensor, ends: Tensor, slopes: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """g(z) or g⁻¹(z) and the slope, with the numbers of the knots at the ends of the bin of z, and the slopes there."""
+    at = knots.expand(*knots.shape[:2], *z.shape).gather(1, ends.expand(2, 2, *z.shape))
+    lower, upper = at.unbind(1)
+    size, searched = upper - lower, 1 if inverse else 0
+    between = (z - lower[searched]) / size[searched]
+    return (backwards if inverse else forwards)(between, lower, size, slopes)
 
 
 def _check(raw: Tensor, bound: float) -> int:

@@ -13,9 +13,9 @@ from typing_extensions import Unpack
 from ..nn import MADE
 from ..ops import check_context_dim, check_positive, fused, triangular_fixed_point
 from .base import FlowTransform
-from .fused_affine import Network, affine_layer
+from .fused_affine import Network
 from .scores import by_triangle, residual
-from .transformers import Affine, Transformer, check_transformer
+from .transformers import IN_ONE, Transformer, check_transformer
 
 
 class MADEOptions(TypedDict, total=False):
@@ -85,8 +85,7 @@ class Autoregressive(FlowTransform):
             **options,
         )
         # That of the network, where the layer may run as one operation.
-        is_affine = type(self.transformer) is Affine
-        self._width = self.net.width if is_affine else 0
+        self._width = self.net.width if type(self.transformer) in IN_ONE else 0
 
     @constraints.dependent_property
     def domain(self) -> Constraint:
@@ -107,7 +106,7 @@ class Autoregressive(FlowTransform):
         if self._width and x.numel() * self._width >= fused.MIN_NUMEL * x.shape[-1]:
             layers = self.net.layers_at(self.context)
             if layers is not None:
-                found = affine_layer(x, None, Network(*layers), inverse=False)
+                found = self.transformer.layer(x, None, Network(*layers), inverse=False)
                 if found is not None:
                     return found
         y, log_slope = self.transformer.forward(x, self.net.bind(self.context)(x))

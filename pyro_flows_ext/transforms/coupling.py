@@ -15,9 +15,9 @@ from ..nn.mlp import has_hooks, join_context, plain_layers
 from ..ops import broadcast_shapes, check_context_dim, fused, read_event_shape
 from ._split import AxisSplit, make_split
 from .base import IMAGE, FlowTransform
-from .fused_affine import Network, affine_layer
+from .fused_affine import Network
 from .masks import Mask
-from .transformers import Affine, Transformer, check_transformer
+from .transformers import IN_ONE, Transformer, check_transformer
 
 
 class CouplingOptions(TypedDict, total=False):
@@ -102,7 +102,7 @@ class Coupling(FlowTransform):
         self.net = net
         # That of the network, where the layer may run as one operation.
         self._width = 0
-        if type(net) is MLP and type(self.transformer) is Affine and not pixels:
+        if type(net) is MLP and type(self.transformer) in IN_ONE and not pixels:
             self._width = net.width
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,10 +125,10 @@ class Coupling(FlowTransform):
         return self.split.join(seen, value), self.split.total(log_slope)
 
     def _as_one(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor] | None:
-        """An affine layer with a plain network in one operation; None for others, and for few rows."""
+        """An affine or spline layer with a plain network in one operation; None for others."""
         net, split = self.net, self.split
         if (
-            type(self.transformer) is not Affine
+            type(self.transformer) not in IN_ONE
             or type(net) is not MLP
             or not isinstance(split, AxisSplit)
             or self.context is not None
@@ -139,7 +139,7 @@ class Coupling(FlowTransform):
         layers = plain_layers(net)
         if layers is None or len(layers[0][-1]) != self._theta_shape[0]:
             return None
-        return affine_layer(x, split.columns, Network(*layers), inverse=inverse)
+        return self.transformer.layer(x, split.columns, Network(*layers), inverse=inverse)
 
     def by_element(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns what passes, the other N elements after g or g⁻¹, and their log-slopes, both `(*, N)`."""

@@ -14,12 +14,18 @@ from .bounds import MAX_LOG_SCALE, bounded_affine
 
 
 class Network(NamedTuple):
-    """A perceptron `(R, seen) -> (R, 2N)`, whose output is all shifts and then all raw log-scales."""
+    """A perceptron `(R, seen) -> (R, P N)`: the first parameter of all N elements, then the second, and so on.
+
+    That of an autoregressive layer has zeros in its last weight where an element does not read a unit: in `order` (None for 0,
+    1, ...), the first i elements read the first `reach[i]` units of the last hidden layer.
+    """
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     activation: Activation
     residual: bool = False
+    order: Tensor | None = None
+    reach: Sequence[int] | None = None
 
 
 class _Layer(NamedTuple):
@@ -30,8 +36,17 @@ class _Layer(NamedTuple):
     num_layers: int
     inverse: bool
 
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (x, x) if self.columns is None else (x[:, self.columns[0]], x[:, self.columns[1]])
+
+def parts(x: Tensor, columns: tuple[slice, slice] | None) -> tuple[Tensor, Tensor]:
+    """The columns that the network reads, and those that move; None for all of them."""
+    return (x, x) if columns is None else (x[:, columns[0]], x[:, columns[1]])
+
+
+def join(seen: Tensor, value: Tensor, columns: tuple[slice, slice] | None) -> Tensor:
+    """The inverse of `parts`, with new values for those that moved."""
+    if columns is None:
+        return value
+    return torch.cat([seen, value] if columns[0].start == 0 else [value, seen], -1)
 
 
 def affine_layer(
@@ -48,7 +63,7 @@ def affine_layer(
     Returns:
         y `(R, D)` and the log-det `(R)`; None where ordinary operations have to run: see `ops.fused`.
     """
-    weights, biases, activation, residual = network
+    weights, biases, activation, residual, *_ = network
     tensors = (*weights, *biases)
     has_bias = biases[0].dim() == 1 or biases[0].shape[:-1] == x.shape[:-1]
     if x.dim() != 2 or not has_bias or not fused.may_fuse(x, *tensors):
@@ -62,7 +77,7 @@ def affine_layer(
 def _run(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
     """y and log-det; tanh(raw / c), the slope, the inputs of all layers but the first, and the activations."""
     n = layer.num_layers
-    seen, moved = layer.parts(x)
+    seen, moved = parts(x, layer.columns)
     theta, inputs, activations = run_layers(
         seen, tensors[:n], tensors[n:], layer.activation, layer.residual
     )
@@ -71,7 +86,7 @@ def _run(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
     log_slope = t * (-MAX_LOG_SCALE if layer.inverse else MAX_LOG_SCALE)
     slope = log_slope.exp()
     y = torch.empty_like(x)
-    passed, out = layer.parts(y)
+    passed, out = parts(y, layer.columns)
     if layer.inverse:
         torch.sub(moved, shift, out=out).mul_(slope)
     else:
@@ -83,13 +98,10 @@ def _run(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
 
 def _by_autograd(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     n = layer.num_layers
-    seen, moved = layer.parts(x)
+    seen, moved = parts(x, layer.columns)
     theta = chain(seen, tensors[:n], tensors[n:], layer.activation, layer.residual)
     value, log_slope = bounded_affine(moved, *theta.chunk(2, -1), inverse=layer.inverse)
-    if layer.columns is not None:
-        first = layer.columns[0].start == 0
-        value = torch.cat([seen, value] if first else [value, seen], -1)
-    return value, log_slope.sum(-1)
+    return join(seen, value, layer.columns), log_slope.sum(-1)
 
 
 class _FusedAffine(torch.autograd.Function):
@@ -116,15 +128,15 @@ class _FusedAffine(torch.autograd.Function):
         if by_y is None:
             by_y = torch.zeros_like(y)
         weights, biases, rest = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        by_passed, by_value = layer.parts(by_y)
+        by_passed, by_value = parts(by_y, layer.columns)
         by_x = torch.empty_like(by_y)
-        by_seen, by_moved = layer.parts(by_x)
+        by_seen, by_moved = parts(by_x, layer.columns)
         torch.mul(by_value, slope, out=by_moved)
         by_theta = t.new_empty(len(t), 2 * t.shape[1])
         by_shift, by_raw = by_theta.chunk(2, -1)
         # ∂value/∂log_slope is slope · x forwards, and the value itself backwards.
         left, right = (by_value, y) if layer.inverse else (by_moved, x)
-        right = layer.parts(right)[1]
+        right = parts(right, layer.columns)[1]
         if by_ladj is None:
             by_log_slope = left * right
         else:
@@ -135,7 +147,7 @@ class _FusedAffine(torch.autograd.Function):
             torch.neg(by_moved, out=by_shift)
         else:
             by_shift.copy_(by_value)
-        seen = layer.parts(x)[0]
+        seen = parts(x, layer.columns)[0]
         g, by_weights, by_biases = layer_gradients(
             by_theta, weights, biases, [seen, *rest[: n - 1]], rest[n - 1 :], layer.activation, layer.residual, needed[1:]
         )  # fmt: skip

@@ -19,6 +19,8 @@ from ..ops import (
     rq_spline,
 )
 from .bounds import bounded_affine, bounded_affine_by
+from .fused_affine import Network, affine_layer
+from .fused_spline import spline_layer
 
 
 class Transformer(ABC):
@@ -68,6 +70,12 @@ class Transformer(ABC):
         x = increasing_root(equation, y.expand(*batch, -1))
         return x, -self.forward(x, theta)[1]
 
+    def layer(
+        self, x: Tensor, columns: tuple[slice, slice] | None, network: Network, *, inverse: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """A coupling or an autoregressive layer in one operation, as `affine_layer`; None where there is no such operation."""
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -111,6 +119,11 @@ class Affine(Transformer):
             return bounded_affine_by(y, theta, inverse=True)
         return bounded_affine(y, *theta.unbind(-2), inverse=True)
 
+    def layer(
+        self, x: Tensor, columns: tuple[slice, slice] | None, network: Network, *, inverse: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        return affine_layer(x, columns, network, inverse=inverse)
+
 
 class RationalQuadratic(Transformer):
     """A monotone rational-quadratic spline: `num_bins` K bins on [-bound, bound], the identity outside.
@@ -149,9 +162,21 @@ class RationalQuadratic(Transformer):
     def inverse(self, y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         return rq_spline(y, theta.mT, bound=self.bound, inverse=True)
 
+    def layer(
+        self, x: Tensor, columns: tuple[slice, slice] | None, network: Network, *, inverse: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        if x.numel() * self.num_params < fused.MIN_NUMEL:
+            return None
+        return spline_layer(
+            x, columns, network, num_bins=self.num_bins, bound=self.bound, inverse=inverse
+        )
+
     def __repr__(self) -> str:
         return f"RationalQuadratic(num_bins={self.num_bins}, bound={self.bound:g})"
 
+
+# Those with a `layer`, unless a subclass changes them.
+IN_ONE = (Affine, RationalQuadratic)
 
 # The numbers of the circle, from -π to π.
 CIRCLE = constraints.interval(-math.pi, math.pi)
