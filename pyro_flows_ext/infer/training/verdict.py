@@ -274,7 +274,8 @@ def advice(
         lines.append("The weights have heavy tails: the guide is too narrow somewhere.")
     if reason == "level" and not findings:
         lines.append(
-            "Try a richer guide (AutoIAF with more layers, AutoNSF, AutoCIF), a non-centred form of the model, or NUTS."
+            "Try the other form of a hierarchy (effects themselves where groups have many data, standardised effects times "
+            "their sd where they have few), a richer guide (AutoIAF with more layers, AutoNSF, AutoCIF), or NUTS."
         )
     elif reason == "out of steps":
         lines.append("Raise max_steps, or try a richer guide (AutoNSF, AutoCIF), or NUTS.")
