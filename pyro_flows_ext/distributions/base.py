@@ -183,8 +183,8 @@ class Density(TorchDistribution, nn.Module):
         return self.log_prob(value)
 
     def _validate_sample(self, value: Tensor) -> None:
-        # torch's constraints cannot reshape tensors without elements.
-        if value.numel():
+        # torch's constraints cannot reshape tensors without elements, and compiled code cannot raise by their values.
+        if value.numel() and not torch.compiler.is_compiling():
             super()._validate_sample(value)
 
     def _check_value(self, value: Tensor) -> Size:

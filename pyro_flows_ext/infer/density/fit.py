@@ -47,6 +47,7 @@ def fit_density(
     evaluate_every: int | None = None,
     patience: int | None = 10,
     first_steps: int | None = None,
+    compile: bool | str = "auto",
     callback: Callable[[DensityTrainingState], Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -74,6 +75,8 @@ def fit_density(
         patience: evaluations in a row without a better one that end the run; None for never. In steps it is `patience *
             evaluate_every`: by default a fifth of `num_steps`, as the rate, and so the progress to wait for, falls with them.
         first_steps: steps that hold the part `trained_later` of a density; None for half of them where there is one.
+        compile: True compiles the loss and its gradient after the first step; "auto" where the eager steps left would take
+            over five minutes, if it makes them faster. Losses are those of eager steps to rounding; see docs/compiled.md.
         callback: is called with the `DensityTrainingState` after every evaluation.
         seed: makes the run reproducible, and leaves the global generators as they were.
         checkpoint, resume: a file written every few seconds and at the end; with `resume=True` an existing one is

@@ -32,6 +32,7 @@ class DensityFitResult:
         seconds: of steps and evaluations.
         density: the density, in eval mode.
         first_steps: steps of the part that trains first.
+        compiled: whether the last steps ran compiled.
         columns, context_columns: names of the columns of DataFrames, or None.
     """
 
@@ -47,6 +48,7 @@ class DensityFitResult:
     density: Density = field(repr=False)
     first_steps: int = 0
     interrupted: bool = False
+    compiled: bool = False
     columns: list[str] | None = None
     context_columns: list[str] | None = None
 
@@ -94,6 +96,7 @@ def result_of(run: Run, interrupted: bool, rows: Rows) -> DensityFitResult:
         seconds=run.seconds,
         density=run.density,
         interrupted=interrupted,
+        compiled=run.objective.compiled is not None,
         columns=rows.columns,
         context_columns=rows.context_columns,
     )

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ...distributions import Density
+from ..compiled import UnsupportedForCompilation
 from ..distributed import Processes
 from ..training import checkpoint as files
 from ..training.progress import Progress
 from ..training.steps import take_steps
 from ..training.trainer import Trainer
 from .checks import check_finite, objective
+from .compiling import CompiledObjective, Compiler
 from .rows import Batch, Rows, Stream
 from .settings import Settings, trained
 
@@ -80,6 +82,8 @@ class BatchObjective:
         # Tables are checked as a whole before training.
         self.is_unchecked = isinstance(train, Stream)
         self.mean_weight = _mean_weight(train)
+        self.compiled: CompiledObjective | None = None
+        self.last: Batch | None = None
 
     def __call__(self) -> tuple[float, list[Tensor]]:
         raw = next(self.batches)
@@ -89,7 +93,8 @@ class BatchObjective:
         self.weight = float(len(batch.values))
         if not self.density.training:
             self.density.train()
-        values = objective(self.density, batch)
+        self.last = batch
+        values = self._values(batch)
         if batch.weights is None:
             loss = -values.mean()
         else:
@@ -97,6 +102,23 @@ class BatchObjective:
         with self.processes.sending(self.parameters, self.weight):
             loss.backward()
         return loss.item(), self.parameters
+
+    def _values(self, batch: Batch) -> Tensor:
+        if self.compiled is not None:
+            try:
+                return self.compiled(batch)
+            except UnsupportedForCompilation as unsupported:
+                self.compiled = None
+                warnings.warn(f"fit_density goes on with eager steps: {unsupported}", stacklevel=7)
+        return objective(self.density, batch)
+
+    def compile(self) -> CompiledObjective:
+        """The objective, compiled for batches like the last one. Raises `UnsupportedForCompilation` where it cannot be."""
+        if self.processes.count > 1:
+            raise UnsupportedForCompilation("gradients are averaged over processes")
+        if self.last is None:
+            raise UnsupportedForCompilation("no step has been taken yet")
+        return CompiledObjective(self.density, self.last, self.parameters)
 
 
 class Run:
@@ -147,6 +169,8 @@ class Run:
         begin = time.perf_counter() - self.seconds
         self.processes.spread()
         interrupted = False
+        first = state.step
+        compiler = Compiler(settings.num_steps - first, settings.compile)
         try:
             if state.step == 0:
                 self._evaluate()
@@ -163,6 +187,7 @@ class Run:
                 if step is None:
                     break
                 self.progress.update(state)
+                self._compile(compiler, step - first)
                 if step % settings.evaluate_every == 0 or step == settings.num_steps:
                     self._evaluate()
                     self.seconds = time.perf_counter() - begin
@@ -185,6 +210,13 @@ class Run:
         self.save()
         self._restore(interrupted)
         return interrupted or state.stop
+
+    def _compile(self, compiler: Compiler, steps: int) -> None:
+        """Switches to compiled steps, or back, after that many steps of this call."""
+        if self.objective.compiled is None:
+            self.objective.compiled = compiler.compile(steps, self.objective.compile)
+        elif compiler.is_slower():
+            self.objective.compiled = None
 
     # --- evaluations ---
 

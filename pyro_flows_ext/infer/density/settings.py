@@ -31,6 +31,7 @@ class Settings:
     callback: Callable[[Any], Any] | None
     checkpoint: str | os.PathLike[str] | None
     progress: bool
+    compile: bool | str
 
 
 def settings_of(given: Mapping[str, Any], num_steps: int) -> Settings:
@@ -58,6 +59,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f'standardize: expected True, False or "auto", got {given["standardize"]!r}'
         )
+    if given["compile"] not in (True, False, "auto"):
+        raise ValueError(f'compile: expected True, False or "auto", got {given["compile"]!r}')
     if given["resume"] and given["checkpoint"] is None:
         raise ValueError("resume: expected checkpoint=, the file to go on from")
     check_factories(optim=given["optim"], scheduler=given["scheduler"])

@@ -11,10 +11,13 @@ AUTO_SECONDS = 60.0
 
 
 class Timing:
-    """When to compile a run of `num_steps`: True, after the first; "auto", after some if it pays; False, never."""
+    """When to compile a run of `num_steps`: True, after the first; "auto", after some if it pays; False, never.
 
-    def __init__(self, num_steps: int, when: bool | str):
-        self.num_steps, self.when = num_steps, when
+    It pays where the eager steps left would take `least` seconds.
+    """
+
+    def __init__(self, num_steps: int, when: bool | str, least: float = AUTO_SECONDS):
+        self.num_steps, self.when, self.least = num_steps, when, least
         self.last, self.fastest, self.is_over = 0.0, math.inf, when is False
 
     def is_due(self, updates: int) -> bool:
@@ -28,4 +31,4 @@ class Timing:
         self.last = now
         self.is_over = self.when is True or updates == AUTO_STEPS
         left = self.fastest * (self.num_steps - AUTO_STEPS)
-        return self.is_over and (self.when is True or left >= AUTO_SECONDS)
+        return self.is_over and (self.when is True or left >= self.least)
