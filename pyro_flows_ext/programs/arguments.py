@@ -16,6 +16,8 @@ from .traces import Program
 
 # Draws of the prior at which a log joint may be finite: some are outside of a support by chance.
 ATTEMPTS = 5
+# Numbers checked at a time, so that the check of a memory-mapped argument takes some megabytes.
+CHUNK = 2**20
 
 
 def describe_nonfinite(
@@ -38,6 +40,8 @@ def describe_nonfinite(
         if value.layout != torch.strided or value.is_meta:
             return None
         if not (value.is_floating_point() or value.is_complex()):
+            return None
+        if _is_finite(value.detach()):
             return None
         finite, nan = value.detach().isfinite(), value.detach().isnan()
     elif isinstance(value, float | np.ndarray | np.floating):
@@ -62,6 +66,14 @@ def describe_nonfinite(
     if columns is not None and len(first) == 2:
         where = f"column {columns[first[1]]!r}"
     return f"{text}, the first in row {first[0]} ({where}, rows counted from 0)"
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    if value.numel() <= CHUNK:
+        return bool(value.isfinite().all())
+    rows = max(1, CHUNK // (value.numel() // len(value)))
+    return all(bool(part.isfinite().all()) for part in value.split(rows))
 
 
 def nonfinite_arguments(

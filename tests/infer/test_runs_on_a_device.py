@@ -133,7 +133,8 @@ def test_fit_stays_on_the_device(name, device, few):
     assert result.losses.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["CIF", pytest.param("Hamiltonian", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CIF", "Hamiltonian"])
 def test_fit_of_a_bound_stays_on_the_device(name, device, few):
     y, group = Y.to(device), GROUP.to(device)
     guide = getattr(pf, f"Auto{name}")(model)

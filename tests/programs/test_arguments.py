@@ -38,6 +38,23 @@ def test_values_are_named_by_count_and_row(value: object, expected: str | None) 
         assert found.startswith(expected)
 
 
+def test_large_arguments_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, isfinite = [], torch.Tensor.isfinite
+
+    def recorded(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return isfinite(x)
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", recorded)
+    x = torch.zeros(2**18 + 5, 8)
+    assert describe_nonfinite("x", x) is None
+    assert sum(sizes) == x.numel()
+    assert max(sizes) <= 2**20
+    x[-1, 3] = NAN
+    expected = "x: 1 of 2097192 values is NaN, the first in row 262148 (x[262148, 3]"
+    assert describe_nonfinite("x", x).startswith(expected)
+
+
 def test_arguments_are_named_as_the_program_names_them() -> None:
     def model(x: Tensor, data: dict, *rest: Tensor, **options: Tensor) -> None: ...
 
