@@ -45,11 +45,18 @@ Model = Callable[..., None]
 def vae(
     x: Tensor, name: str, latent: int, hidden: int, features: int, seed: int
 ) -> tuple[Model, AutoAmortizedFlow]:
-    """Model and guide, untrained: `model(x, size)` takes `size` of the rows of x, or all.
+    """Model and guide, untrained."""
+    pyro.set_rng_seed(seed)
+    encoder, decoder = networks(x, latent, hidden, features)
+    model = program(decoder, dist.Normal(x.new_zeros(latent), 1.0).to_event(1))
+    return model, AutoAmortizedFlow(model, encoder, init_scale=0.5, **FLOWS[name])
+
+
+def networks(x: Tensor, latent: int, hidden: int, features: int) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder.
 
     Means of the pixels are where both start: the bias of the decoder, and what the encoder takes off.
     """
-    pyro.set_rng_seed(seed)
     pixels, mean = x.shape[-1], x.mean(0)
     decoder = nn.Sequential(
         nn.Linear(latent, hidden),
@@ -64,14 +71,21 @@ def vae(
     with torch.no_grad():
         last.bias.copy_(mean.clamp(0.01, 0.99).logit())
         first.bias.sub_(first.weight @ mean)
+    return encoder, decoder
+
+
+def program(decoder: nn.Module, prior: Any) -> Model:
+    """z ~ prior, x ~ Bernoulli(decoder(z)): `model(x, size)` takes `size` of the rows of x, or all."""
 
     def model(x: Tensor, size: int | None = None) -> None:
         pyro.module("decoder", decoder)
+        if isinstance(prior, nn.Module):
+            pyro.module("prior", prior)
         with pyro.plate("data", len(x), subsample_size=size) as index:
-            z = pyro.sample("z", dist.Normal(x.new_zeros(latent), 1.0).to_event(1))
+            z = pyro.sample("z", prior)
             pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x[index])
 
-    return model, AutoAmortizedFlow(model, encoder, init_scale=0.5, **FLOWS[name])
+    return model
 
 
 def train(
