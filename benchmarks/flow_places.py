@@ -246,7 +246,7 @@ def _draw_bounds(ax: Any, rows: list[Row]) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("nats an image, test")
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left")
 
 
 def _draw_gaps(ax: Any, rows: list[Row]) -> None:
