@@ -2,6 +2,7 @@
 
     python benchmarks/density_training.py
     python benchmarks/density_training.py --flows nsf maf --rows 5000 --steps 600 --repeats 1
+    python benchmarks/density_training.py --flows nsf nsf-ar --rows 5000 --dim 64 --batch 1024 --steps 60 --repeats 3
 
 Same architectures (`benchmarks/peers.py`: two hidden layers of 128, as many layers, 8 bins), rows, batch size and number of
 steps; Adam in both. zuko's loop has a constant rate, 1e-3 as in its tutorial and 3e-3, the rate at which `fit_density`
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import pyro_flows_ext as pf
 
-BATCH, EVERY, LR = 256, 100, 3e-3
+EVERY, LR = 100, 3e-3
 SIZES = {5000: 4, 30_000: 8}
 TOLERANCE = 0.01
 
@@ -54,7 +55,9 @@ def rows(num: int, dim: int, seed: int) -> Tensor:
     return (x - x.mean(0)) / x.std(0)
 
 
-def ours(name: str, train: Tensor, validation: Tensor, num_steps: int, seed: int) -> Curve:
+def ours(
+    name: str, train: Tensor, validation: Tensor, num_steps: int, batch: int, seed: int
+) -> Curve:
     """`fit_density` with its defaults, without early stopping."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {"num_layers": ARCHITECTURES[name], "hidden_dims": (HIDDEN, HIDDEN)}
@@ -70,7 +73,7 @@ def ours(name: str, train: Tensor, validation: Tensor, num_steps: int, seed: int
         points.append((time.process_time() - begin, state.validation_losses[-1]))
 
     pf.fit_density(
-        density, train, validation=validation, num_steps=num_steps, batch_size=BATCH, lr=LR, evaluate_every=EVERY,
+        density, train, validation=validation, num_steps=num_steps, batch_size=batch, lr=LR, evaluate_every=EVERY,
         patience=None, seed=seed, progress=False, callback=callback,
     )  # fmt: skip
     total = time.process_time() - begin
@@ -84,7 +87,7 @@ def ours(name: str, train: Tensor, validation: Tensor, num_steps: int, seed: int
 
 
 def zuko(
-    name: str, train: Tensor, validation: Tensor, num_steps: int, seed: int, lr: float
+    name: str, train: Tensor, validation: Tensor, num_steps: int, batch: int, seed: int, lr: float
 ) -> Curve:
     """The loop of zuko's tutorial, with rows taken by an index, which is faster than a DataLoader."""
     torch.manual_seed(seed)
@@ -94,13 +97,13 @@ def zuko(
     step, evaluating, begin = 0, 0.0, time.process_time()
     while step < num_steps:
         order = torch.randperm(len(train))
-        for chosen in order[: len(train) // BATCH * BATCH].split(BATCH):
+        for chosen in order[: len(train) // batch * batch].split(batch):
             loss = -flow.log_prob(train[chosen]).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if step % EVERY == 0:
+            if step % EVERY == 0 or step == num_steps:
                 start = time.process_time()
                 with torch.no_grad():
                     parts = [flow.log_prob(part).sum() for part in validation.split(512)]
@@ -114,16 +117,18 @@ def zuko(
 
 def compare(name: str, num: int, options: argparse.Namespace) -> None:
     """Prints a line for each way to train."""
-    dim = SIZES[num]
+    dim = options.dim or SIZES[num]
     data = rows(num, dim, options.seed)
     train, validation = data[num // 10 :], data[: num // 10]
     ways: dict[str, Callable[[], Curve]] = {
-        "fit_density": lambda: ours(name, train, validation, options.steps, options.seed)
+        "fit_density": lambda: ours(
+            name, train, validation, options.steps, options.batch, options.seed
+        )
     }
     if "zuko" not in missing():
         for lr in (1e-3, LR):
             ways[f"zuko, lr {lr:g}"] = lambda lr=lr: zuko(
-                name, train, validation, options.steps, options.seed, lr
+                name, train, validation, options.steps, options.batch, options.seed, lr
             )
     found: dict[str, Curve] = {}
     for _ in range(options.repeats):  # in turn, so that a busy machine slows all of them
@@ -144,6 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flows", nargs="+", choices=ARCHITECTURES, default=["nsf", "nsf-ar", "maf", "realnvp"])  # fmt: skip
     parser.add_argument("--rows", nargs="+", type=int, choices=SIZES, default=list(SIZES))
+    parser.add_argument("--dim", type=int, help="columns; by default 4 for 5000 rows, 8 for 30,000")
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
