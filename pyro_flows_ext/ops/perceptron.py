@@ -113,7 +113,7 @@ def run_layers(
     """The output, the inputs of all layers but the first, and the activations of all layers but the last."""
     inputs, activations = run_hidden(x, weights[:-1], biases[:-1], activation, residual)
     h = inputs[-1] if inputs else x
-    return torch.addmm(biases[-1], h, weights[-1].t()), inputs, activations
+    return _linear(h, weights[-1], biases[-1]), inputs, activations
 
 
 def run_hidden(
@@ -127,11 +127,18 @@ def run_hidden(
     h = x
     outputs, activations = [], []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        a = activation.apply_(torch.addmm(bias, h, weight.t()))
+        a = activation.apply_(_linear(h, weight, bias))
         h = h + a if residual and i and a.shape[-1] == h.shape[-1] else a
         outputs.append(h)
         activations.append(a)
     return outputs, activations
+
+
+def _linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if h.device.type == "cpu":
+        # addmm would first write the bias to memory that is in no cache yet: a tenth of the time of a small product.
+        return torch.mm(h, weight.t()).add_(bias)
+    return torch.addmm(bias, h, weight.t())
 
 
 class _Perceptron(torch.autograd.Function):

@@ -133,7 +133,8 @@ def _run(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         for elements, at, units in layer.blocks(z, len(read)):
             block = raw[3 * K * at.start : 3 * K * at.stop].view(3 * K, -1)
             w, b = weight[:, elements, units].flatten(0, 1), bias[:, elements].reshape(-1, 1)
-            torch.addmm(b, w, read[units], out=block[:-1].view(len(w), -1))
+            # addmm would first write the bias to memory that is in no cache yet.
+            torch.mm(w, read[units], out=block[:-1].view(len(w), -1)).add_(b)
             spline.locate(flat[at], block, found[:, at])
         value, log_slope = spline.value(flat, found)
         value = value.view_as(z)
@@ -221,7 +222,7 @@ def _last_gradients(
     is_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by h, and by the last weight and bias; into `by_moved` that by the elements that move."""
-    K, by_h = layer.settings[0], torch.zeros_like(h)
+    K, by_h = layer.settings[0], torch.empty_like(h)
     weight, bias = layer.of_elements(weight), layer.of_elements(bias)
     by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     spline, tensors = Spline(*layer.settings, h), iter(kept)
@@ -232,13 +233,16 @@ def _last_gradients(
         by_z, by = spline.gradient(value.view(-1), found, by_y, by_log_slope)
         layer.from_rows(by_z.view_as(value), by_moved[rows])
         read, by_read, out = h[rows], by_h[rows], raw.new_empty(0)
+        if layer.reach is not None:
+            by_read.zero_()
         for elements, at, units in layer.blocks(value, h.shape[1]):
             block = raw[3 * K * at.start : 3 * K * at.stop].view(3 * K, -1)
             out = out if out.shape == block.shape else torch.empty_like(block)
             spline.spread(block, found[:, at], by[:, at], out)
             w = weight[:, elements, units].flatten(0, 1)
             g = out[:-1].view(len(w), -1)
-            by_read[:, units].addmm_(g.t(), w)
+            is_first = layer.reach is None and elements.start == 0
+            by_read[:, units].addmm_(g.t(), w, beta=0 if is_first else 1)
             if not is_frozen:
                 by_block = by_weight[:, elements, units]
                 by_block += torch.mm(g, read[:, units]).view_as(by_block)
