@@ -18,7 +18,6 @@ from .rational_quadratic import (
     backwards,
     forwards,
     gradient,
-    log_slope_gradient,
 )
 
 # Elements at a time on a CPU: in passes over all parameters, which fall out of the second-level cache if there are more, and in
@@ -68,7 +67,7 @@ class Spline:
     """
 
     # The slope at the lower end, width, height, the slope at the upper end; lower corner; scale of the softmax; derivatives of
-    # the slopes; number of the bin, place in it, and whether the element is within the box.
+    # the slopes; number of the bin, place ξ in it, and whether the element is within the box.
     NUM_FOUND = 13
     # By the first six of these, and the mean of the softmax's gradient.
     NUM_BY = 8
@@ -118,40 +117,31 @@ class Spline:
         lower.mul_(scale).add_(self._offset(place))
         z, i = x.clamp(-self.bound, self.bound), 1 if self.inverse else 0
         _between(z, lower[i], size[i], between)
-        run = backwards if self.inverse else forwards
-        value, slope = run(between, lower, size, slopes)
+        if self.inverse:
+            value, slope, place_of_value = backwards(between, lower, size, slopes)
+            between.copy_(place_of_value)
+        else:
+            value, slope = forwards(between, lower, size, slopes)
         torch.lt(x.abs(), self.bound, out=inside)
         torch.addcmul(F.hardshrink(x, self._below_bound), value, inside, out=y)
         torch.log(slope, out=log_slope).mul_(inside)
 
-    def gradient(
-        self, y: Tensor, found: Tensor, by_y: Tensor, by_log_slope: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """By x `(n)`, and by the bin `(NUM_BY, n)`. Only g⁻¹ reads its value y."""
+    def gradient(self, found: Tensor, by_y: Tensor, by_log_slope: Tensor) -> tuple[Tensor, Tensor]:
+        """By x `(n)`, and by the bin `(NUM_BY, n)`."""
         by_x, by = torch.empty_like(by_y), by_y.new_empty(self.NUM_BY, by_y.shape[0])
         for at in _slices(by_y, LONG_BLOCK):
-            block = y[at], found[:, at], by_y[at], by_log_slope[at]
+            block = found[:, at], by_y[at], by_log_slope[at]
             self._gradient(*block, by_x[at], by[:, at])
         return by_x, by
 
     def _gradient(
-        self, y: Tensor, found: Tensor, by_y: Tensor, by_log_slope: Tensor, by_x: Tensor, by: Tensor
+        self, found: Tensor, by_y: Tensor, by_log_slope: Tensor, by_x: Tensor, by: Tensor
     ) -> None:
         slopes, size, lower, scale, sigmoids, (place, between, inside) = _rows(found)
         by_value, by_log_slope = by_y * inside, by_log_slope * inside
-        if self.inverse:
-            x = y.clamp(-self.bound, self.bound)
-            between = _between(x, lower[0], size[0], torch.empty_like(x))
-            # With x = g⁻¹(y; θ): dx = (dy - ∂g/∂θ dθ) / g', and the log-slope is -log g'(x; θ).
-            curvature = log_slope_gradient(between, size, slopes)
-            by_argument = torch.addcmul(by_value, by_log_slope, curvature, value=-1)
-            by_argument /= forwards(between, lower, size, slopes)[1]
-            cotangents = -by_argument, -by_log_slope
-            _, by_lower, by_size, by_slopes = gradient(between, size, slopes, *cotangents)
-        else:
-            by_argument, by_lower, by_size, by_slopes = gradient(
-                between, size, slopes, by_value, by_log_slope
-            )
+        by_argument, by_lower, by_size, by_slopes = gradient(
+            between, size, slopes, by_value, by_log_slope, self.inverse
+        )
         torch.add(by_argument, by_y, out=by_x).sub_(by_value)
         # With p the softmax, x0 = offset + rest Σ_{j<k} p_j and w = least + rest p_k. A gradient a_j by p_j is
         # p_j (a_j - Σ_i p_i a_i) by its argument; here a_j = rest ([j < k] by_lower + [j = k] by_size).
@@ -267,12 +257,12 @@ class _FusedSpline(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, ladj, found, *kept = _run(Spline(*settings, x), x, raw)
         ctx.settings = settings
-        ctx.save_for_backward(x, raw, y, found, *kept)
+        ctx.save_for_backward(x, raw, found, *kept)
         return y, ladj
 
     @staticmethod
     def backward(ctx: Any, by_y: Tensor, by_ladj: Tensor) -> tuple[Tensor | None, ...]:
-        x, raw, y, found, *kept = ctx.saved_tensors
+        x, raw, found, *kept = ctx.saved_tensors
         if not may_write_gradient(by_y, by_ladj):
             from .splines import by_autograd  # which imports this module
 
@@ -282,7 +272,7 @@ class _FusedSpline(torch.autograd.Function):
             return None, *plain_gradient(run, (x, raw), ctx.needs_input_grad[1:], (by_y, by_ladj))
         K, bound, inverse = ctx.settings
         spline, N = Spline(K, bound, inverse, x), x.shape[1]
-        by_x, by = spline.gradient(y.flatten(), found, by_y.flatten(), by_ladj.flatten())
+        by_x, by = spline.gradient(found, by_y.flatten(), by_ladj.flatten())
         by_raw = torch.empty_like(raw)
         for rows, block in zip(_slices(x, BLOCK // N), kept, strict=True):
             at, out = slice(rows.start * N, rows.stop * N), torch.empty_like(block)

@@ -42,8 +42,10 @@ def forwards(xi: Tensor, lower: Tensor, size: Tensor, slopes: Tensor) -> tuple[T
     return lower[1] + h * (xi * u / D), torch.lerp(u, v, xi) * (s / D) ** 2
 
 
-def backwards(eta: Tensor, lower: Tensor, size: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """g⁻¹(y) and its derivative.
+def backwards(
+    eta: Tensor, lower: Tensor, size: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g⁻¹(y), its derivative, and its place ξ in the bin.
 
     ξ u - η D = 0 is quadratic in ξ. With p = d0 (1 - η) - d1 η, its discriminant is r² = p² + 4 s² η (1 - η): positive
     throughout, and a sum without cancellation. Its root in [0, 1] has ξ : 1 - ξ = 2 s η : r + p = r - p : 2 s (1 - η), and so
@@ -60,21 +62,37 @@ def backwards(eta: Tensor, lower: Tensor, size: Tensor, slopes: Tensor) -> tuple
     b = b + (r + p)
     xi = a / (a + b)
     D = torch.lerp(torch.lerp(s, d1, xi), torch.lerp(d0, s, xi), xi)
-    return lower[0] + w * xi, D / (s * r)
+    return lower[0] + w * xi, D / (s * r), xi
 
 
 def gradient(
-    xi: Tensor, size: Tensor, slopes: Tensor, by_value: Tensor, by_log_slope: Tensor
+    xi: Tensor,
+    size: Tensor,
+    slopes: Tensor,
+    by_value: Tensor,
+    by_log_slope: Tensor,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of g(x) and log g'(x): by x, by (x0, y0), by (w, h) and by (d0, d1), the last three `(2, *)`.
 
-    With η = ξ u / D, Q = u ⊕ v and log g' = log Q + 2 log s - 2 log D, in reverse order.
+    With η = ξ u / D, Q = u ⊕ v and log g' = log Q + 2 log s - 2 log D, in reverse order. `inverse`: of x = g⁻¹(y) and -log g'(x),
+    by y and by the rest. There dx = (dy - ∂g/∂θ dθ) / g', so that the gradient by θ is that of g and log g' for other
+    cotangents.
     """
     d0, d1 = slopes.unbind()
     w, h = size.unbind()
     s = h / w
     u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
     D, Q = torch.lerp(v, u, xi), torch.lerp(u, v, xi)
+    # Derivatives by ξ at fixed ends, of u, v, and of D and -Q by the weights of their averages.
+    of_u, of_v, change = s - d0, d1 - s, v - u
+    by_x = by_value
+    if inverse:
+        curvature = torch.lerp(of_u, of_v, xi).add_(change).div_(Q)
+        curvature.sub_(torch.lerp(of_v, of_u, xi).sub_(change).div_(D), alpha=2).div_(w)
+        slope = (s / D).square_().mul_(Q)
+        by_argument = torch.addcmul(by_value, by_log_slope, curvature, value=-1).div_(slope)
+        by_x, by_value, by_log_slope = -by_value, -by_argument, -by_log_slope
     eta = (xi * u).div_(D)
     by_Q = torch.div(by_log_slope, Q, out=Q)
     by_xi_u = (by_value * h).div_(D)
@@ -85,25 +103,12 @@ def gradient(
     torch.mul(by_v, xi, out=by_slopes[1])
     torch.addcmul(by_u, by_u, xi, value=-1, out=by_slopes[0])
     by_s = (by_log_slope / s).mul_(2).add_(by_u).add_(by_v).sub_(by_slopes[0]).sub_(by_slopes[1])
-    by_xi = by_xi_u.mul_(u).addcmul_(by_Q.sub_(by_D), v - u)
-    by_xi.addcmul_(by_v, d1 - s).addcmul_(by_u, s - d0)
-    by_x = by_xi.div_(w)
+    if not inverse:
+        by_xi = by_xi_u.mul_(u).addcmul_(by_Q.sub_(by_D), change)
+        by_argument = by_x = by_xi.addcmul_(by_v, of_v).addcmul_(by_u, of_u).div_(w)
     by_ratio = by_s.div_(w)
     torch.neg(by_x, out=lower[0])
     lower[1] = by_value
     torch.mul(lower[0], xi, out=by_size[0]).addcmul_(by_ratio, s, value=-1)
     torch.addcmul(by_ratio, by_value, eta, out=by_size[1])
-    return by_x, lower, by_size, by_slopes
-
-
-def log_slope_gradient(xi: Tensor, size: Tensor, slopes: Tensor) -> Tensor:
-    """∂ log g'(x) / ∂x, the parameters held fixed."""
-    d0, d1 = slopes.unbind()
-    w, h = size.unbind()
-    s = h / w
-    u, v = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)
-    D, Q = torch.lerp(v, u, xi), torch.lerp(u, v, xi)
-    by_u, by_v = s - d0, d1 - s
-    by_Q = torch.lerp(by_u, by_v, xi) + (v - u)
-    by_D = torch.lerp(by_v, by_u, xi) - (v - u)
-    return (by_Q / Q - 2 * by_D / D) / w
+    return by_argument, lower, by_size, by_slopes

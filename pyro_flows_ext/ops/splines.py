@@ -74,7 +74,8 @@ def of_bins(
     lower, upper = at.unbind(1)
     size, searched = upper - lower, 1 if inverse else 0
     between = (z - lower[searched]) / size[searched]
-    return (backwards if inverse else forwards)(between, lower, size, slopes)
+    value, slope, *_ = (backwards if inverse else forwards)(between, lower, size, slopes)
+    return value, slope
 
 
 def _check(raw: Tensor, bound: float) -> int:

@@ -114,7 +114,7 @@ def spline_layer(
 
 
 def _run(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-    """y and log-det; the outputs of hidden layers, their activations, and three tensors of every chunk."""
+    """y and log-det; the outputs of hidden layers, their activations, and two tensors of every chunk."""
     n, K = layer.num_layers, layer.settings[0]
     seen, moved = parts(x, layer.columns)
     weights, biases = tensors[: n - 1], tensors[n:-1]
@@ -137,10 +137,9 @@ def _run(layer: _Layer, x: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
             torch.mm(w, read[units], out=block[:-1].view(len(w), -1)).add_(b)
             spline.locate(flat[at], block, found[:, at])
         value, log_slope = spline.value(flat, found)
-        value = value.view_as(z)
-        layer.from_rows(value, out[rows])
+        layer.from_rows(value.view_as(z), out[rows])
         torch.sum(log_slope.view_as(z), 0, out=ladj[rows])
-        kept += [value, raw, found]
+        kept += [raw, found]
     if layer.columns is not None:
         passed.copy_(seen)
     return y, ladj, outputs, activations, kept
@@ -227,15 +226,15 @@ def _last_gradients(
     by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     spline, tensors = Spline(*layer.settings, h), iter(kept)
     for rows in layer.chunks(h, weight.shape[1]):
-        value, raw, found = next(tensors), next(tensors), next(tensors)
-        by_log_slope = by_ladj[rows].expand_as(value).reshape(-1)
-        by_y = layer.to_rows(by_value[rows]).view(-1)
-        by_z, by = spline.gradient(value.view(-1), found, by_y, by_log_slope)
-        layer.from_rows(by_z.view_as(value), by_moved[rows])
+        raw, found = next(tensors), next(tensors)
+        by_y = layer.to_rows(by_value[rows])
+        by_log_slope = by_ladj[rows].expand_as(by_y).reshape(-1)
+        by_z, by = spline.gradient(found, by_y.view(-1), by_log_slope)
+        layer.from_rows(by_z.view_as(by_y), by_moved[rows])
         read, by_read, out = h[rows], by_h[rows], raw.new_empty(0)
         if layer.reach is not None:
             by_read.zero_()
-        for elements, at, units in layer.blocks(value, h.shape[1]):
+        for elements, at, units in layer.blocks(by_y, h.shape[1]):
             block = raw[3 * K * at.start : 3 * K * at.stop].view(3 * K, -1)
             out = out if out.shape == block.shape else torch.empty_like(block)
             spline.spread(block, found[:, at], by[:, at], out)
