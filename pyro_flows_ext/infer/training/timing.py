@@ -16,8 +16,9 @@ class Timing:
     It pays where the eager steps left would take `least` seconds.
     """
 
-    def __init__(self, num_steps: int, when: bool | str, least: float = AUTO_SECONDS):
-        self.num_steps, self.when, self.least = num_steps, when, least
+    def __init__(self, num_steps: int, when: bool | str, least: float | None = None):
+        self.num_steps, self.when = num_steps, when
+        self.least = AUTO_SECONDS if least is None else least
         self.last, self.fastest, self.is_over = 0.0, math.inf, when is False
 
     def is_due(self, updates: int) -> bool:
