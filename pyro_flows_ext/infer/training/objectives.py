@@ -69,6 +69,7 @@ class PathObjective:
         if not log_p.requires_grad:  # every particle raised
             return math.inf, [*self.guide.parameters(), *own]
         finite = log_p.isfinite()
+        num_summed = finite.sum().clamp(min=1)
         gradients = torch.autograd.grad(
             torch.where(finite, log_p, 0.0).sum(), [cut, *own], allow_unused=True
         )
@@ -78,7 +79,7 @@ class PathObjective:
         (live * (-signal * share.unsqueeze(-1))).sum().backward()
         for p, g in zip(own, gradients[1:], strict=True):
             if g is not None:
-                p.grad = (0.0 if p.grad is None else p.grad) - g / self.num_particles
+                p.grad = (0.0 if p.grad is None else p.grad) - g / num_summed
         bound = torch.where(finite, log_p - log_q, 0.0).detach() * share
         enough = finite.sum() >= LEAST_FINITE * self.num_particles
         loss = torch.where(enough, -bound.sum(), math.inf)

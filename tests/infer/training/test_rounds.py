@@ -1,4 +1,4 @@
-"""Rounds of `fit`: what follows a round whose draws have lost their weights, and sds that are not known well."""
+"""Rounds of `fit` and their verdicts: weights that were lost, chains that drift, and sds that are not known well."""
 
 from importlib import import_module
 
@@ -82,3 +82,26 @@ def test_twice_the_draws_are_made_where_an_sd_is_not_known(num_chains, monkeypat
     assert first.mixed
     assert len(first.chains.u) == len(more.chains.u) == num_chains
     assert more.min_ess >= 2 * first.min_ess
+
+
+def normal():
+    pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_even_weights_do_not_count_where_chains_drift(refine, monkeypatch):
+    """A guide too narrow by a factor of two, whose weights are taken for good."""
+    monkeypatch.setattr(TrustCheck, "is_good", lambda *_: True)
+    guide = AutoIAF(normal, init_scale=0.5)
+    options = {"max_steps": 1, "lr": 1e-9, "warm_start": False, "progress": False}
+    result = fit(normal, guide, refine=refine, seed=0, **options)
+    assert result.trusted == refine
+    assert (result.refined is not None) == refine
+    if refine:
+        assert result.sample(4000)["z"].std().item() == pytest.approx(1.0, abs=0.06)
+
+
+def test_the_guide_draws_more_where_its_weights_are_good_and_an_sd_is_not_known(monkeypatch):
+    monkeypatch.setattr(verdict, "MAX_SD_ERROR", 1e-4)
+    result = fit(normal, AutoIAF(normal), seed=0, progress=False, max_steps=1)
+    assert result.importance.num_samples == 2 * run.NUM_DRAWS
