@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from fake_device import DEVICE, FakeDevice, OnDevice
 from torch import nn
 
 from pyro_flows_ext.nn import MADE, MLP, ResidualMLP
-from pyro_flows_ext.ops import fused, rq_spline
+from pyro_flows_ext.ops import fused, fused_splines, rq_spline
 from pyro_flows_ext.ops.perceptron import RELU, SIGMOID, TANH, perceptron
 from pyro_flows_ext.testing import POINTS
 from pyro_flows_ext.transforms import Autoregressive, Coupling, RationalQuadratic, nsf
@@ -193,3 +194,24 @@ ENTRIES = {
 def test_contract(name, number):
     options = {"scale": 0.3} if name == "nsf" else {}
     POINTS[number].check(lambda: ENTRIES[name](3), dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_splines_on_another_device(inverse):
+    x, raw = 3 * torch.randn(20, 4).double(), torch.randn(20, 4, 11).double()
+    by_y, by_ladj = torch.randn(2, 80).double()
+
+    def passes(x, raw, by_y, by_ladj):
+        spline = fused_splines.Spline(4, 2.0, inverse, x)
+        y, ladj, found, *blocks = fused_splines._run(spline, x, raw)
+        by_x, by = spline.gradient(found, by_y, by_ladj)
+        out = torch.zeros_like(blocks[0])
+        spline.spread(blocks[0], found, by, out)
+        return y, ladj, by_x, out[:-1]
+
+    expected = passes(x, raw, by_y, by_ladj)
+    with FakeDevice():
+        there = passes(*(t.to(DEVICE) for t in (x, raw, by_y, by_ladj)))
+        assert all(isinstance(t, OnDevice) for t in there)
+        found = [t.cpu() for t in there]
+    torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-12)
