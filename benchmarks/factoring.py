@@ -218,7 +218,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         found.setdefault(row["arm"], []).append(row["bits"])
     for name, values in found.items():
         x = np.array(values)
-        line = f"{name:24s} {x.mean():.4f} ± {x.std(ddof=1) if len(x) > 1 else np.nan:.4f}"
+        line = f"{name:24s} {x.mean():.4f}" + (f" ± {x.std(ddof=1):.4f}" if len(x) > 1 else "")
         if "channel" in found and len(found["channel"]) == len(x):
             gap = x - np.array(found["channel"])
             line += "   less channel: " + "  ".join(f"{g:+.4f}" for g in gap)
