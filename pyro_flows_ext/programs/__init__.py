@@ -16,7 +16,7 @@ from .latents import (
 )
 from .log_joint import LogJoint
 from .masks import is_maskable, is_masked
-from .match import check_density, check_latents, check_shapes, traces_of
+from .match import check_density, check_latents, check_modules, check_shapes, traces_of
 from .particles import Particles, draw_particles
 from .raising import ERRORS
 from .subsamples import SparseSubsample, draw_subsample
@@ -65,6 +65,7 @@ __all__ = [
     "check_inside",
     "check_latents",
     "check_log_prob",
+    "check_modules",
     "check_shapes",
     "completed_latents",
     "constrain",

@@ -12,10 +12,14 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
+from torch.nn import Parameter
 
 from ..distributions import check_guide_site
 from .latents import read_latent
 from .traces import Program, Site, is_delta, is_latent, latent_sites, nesting_of, sample_sites
+
+# Between the name of a module and that of its parameter.
+MODULE_DIVIDER = "$$$"
 
 
 @torch.no_grad()
@@ -71,6 +75,22 @@ def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
                 f"site {name!r} is drawn by the guide and observed by the model: expected one of both; hide it from the "
                 f"guide by poutine.block(model, hide=[{name!r}]), or take the data away"
             )
+
+
+def check_modules(*traces: Trace) -> None:
+    """Raises `ValueError` where `pyro.module` got a module whose parameters are not those of the store, which are trained."""
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] != "param" or MODULE_DIVIDER not in name or len(site["args"]) < 2:
+                continue
+            own, stored = site["args"][1], site["value"].unconstrained()
+            if isinstance(own, Parameter) and own.data_ptr() != stored.data_ptr():
+                raise ValueError(
+                    f"pyro.module: expected the parameter {name!r} of the module itself, got another one from the parameter "
+                    "store, which would be trained in its place while the module stays as it is. Call "
+                    "pyro.clear_param_store() before a new module of this name is used; pass update_module_params=True to "
+                    "take over what the store holds; and make a parameter that is not contiguous .contiguous()"
+                )
 
 
 def check_shapes(model_trace: Trace, guide_trace: Trace) -> None:

@@ -24,6 +24,7 @@ from ...programs import (
     Program,
     check_finite_log_joint,
     check_latents,
+    check_modules,
     check_shapes,
     latent_sites,
     nesting_of,
@@ -148,6 +149,7 @@ def _fit_one(
     single = traces_of(model, guide, args, kwargs)
     check_latents(*single)
     check_shapes(*single)
+    check_modules(*single)
     flow = guide if isinstance(guide, AutoFlow) else None
     log_joint = None
     if flow is not None and loss is None:
