@@ -83,8 +83,9 @@ def check_modules(*traces: Trace) -> None:
         for name, site in trace.nodes.items():
             if site["type"] != "param" or MODULE_DIVIDER not in name or len(site["args"]) < 2:
                 continue
-            own, stored = site["args"][1], site["value"].unconstrained()
-            if isinstance(own, Parameter) and own.data_ptr() != stored.data_ptr():
+            own: Any = site["args"][1]
+            stored: Any = site["value"]
+            if isinstance(own, Parameter) and own.data_ptr() != stored.unconstrained().data_ptr():
                 raise ValueError(
                     f"pyro.module: expected the parameter {name!r} of the module itself, got another one from the parameter "
                     "store, which would be trained in its place while the module stays as it is. Call "
