@@ -11,8 +11,8 @@ from pyro_flows_ext.distributions import Dequantized
 from pyro_flows_ext.flows import MAF, NSF, RealNVP
 from pyro_flows_ext.infer.compiled import UnsupportedForCompilation
 from pyro_flows_ext.infer.density import compiling
-from pyro_flows_ext.infer.density.rows import Batch
 from pyro_flows_ext.infer.density.batches import BatchObjective
+from pyro_flows_ext.infer.density.rows import Batch
 from pyro_flows_ext.infer.distributed import Processes
 
 OPTIONS = {"num_steps": 12, "batch_size": 32, "seed": 0, "progress": False, "evaluate_every": 4}
