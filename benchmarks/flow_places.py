@@ -10,7 +10,7 @@ decoder, so that the density of images is the one of "prior: RealNVP", and the G
 All have the same steps of `fit` on batches of 100, and networks as wide as the number of parameters of "both" at `--hidden` allows.
 The KL term is multiplied by t / T, with T a fifth of the steps. ", at once" leaves that out; ", free energy" multiplies log p(x, z)
 by β_t = min(1, .01 + t / T) instead, with T a half of the steps (Rezende & Mohamed 2015, eq. 20); ", Adamax" has that optimizer in
-place of Adam.
+place of Adam; ", IWAE K" the weighted bound of K particles as its loss, without annealing (Burda, Grosse & Salakhutdinov 2016).
 
 By place and seed, on test images, in nats an image: ELBO, importance-weighted bound, KL(q(z | x) || p(z)), and the number of
 active units: coordinates whose posterior mean has a variance above .01 over images (Burda, Grosse & Salakhutdinov 2016). For
@@ -42,7 +42,7 @@ from vae import BATCH, FLOWS, Model, bound, networks, program
 from pyro_flows_ext.diagnostics import gaps
 from pyro_flows_ext.distributions import FlowDistribution
 from pyro_flows_ext.guides import AutoAmortizedFlow
-from pyro_flows_ext.infer import AnnealedELBO, fit, linear, rezende
+from pyro_flows_ext.infer import AnnealedELBO, ImportanceWeightedELBO, fit, linear, rezende
 from pyro_flows_ext.transforms import HouseholderSylvester, nsf, realnvp
 
 
@@ -75,7 +75,7 @@ PLACES = (
     "both",
     "decoder",
 )
-TRAININGS = ("", ", at once", ", free energy", ", Adamax")
+TRAININGS = ("", ", at once", ", free energy", ", Adamax", ", IWAE 5", ", IWAE 50")
 NAMES = [place + training for place in PLACES for training in TRAININGS]
 
 
@@ -118,6 +118,8 @@ def train(
     loss: Any = Trace_ELBO()
     if training == ", free energy":
         loss = AnnealedELBO(loss, rezende(max(1, options.steps // 2)))
+    elif training.startswith(", IWAE"):
+        loss = ImportanceWeightedELBO(num_particles=int(training.split()[-1]))
     elif training != ", at once":
         loss = AnnealedELBO(loss, linear(max(1, options.steps // 5)), term="kl")
     optim = torch.optim.Adamax if training == ", Adamax" else torch.optim.Adam
