@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..infer.importance import model_first
+from ..ops import check_automatic
 from ..programs import (
     LogJoint,
     Particles,
@@ -71,8 +72,7 @@ def to_inference_data(
         ValueError: under a subsampled plate, for `coords` of no dimension, and for an observed site that cannot be
             sampled (then pass `posterior_predictive=False`).
     """
-    if log_likelihood not in (True, False, "auto"):
-        raise ValueError(f'log_likelihood: expected True, False or "auto", got {log_likelihood!r}')
+    check_automatic("log_likelihood", log_likelihood)
     model, guide = model_first(model, guide)
     if draws is None:
         particles = draw_particles(model, guide, args, kwargs, num_samples=num_samples)

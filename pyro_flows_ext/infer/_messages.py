@@ -47,14 +47,13 @@ class Gradients:
         self.params, self.send = list(params), send
         self.messages = [Message(run) for run in _runs(self.params[::-1])]
         self.message_of = {id(p): m for m in self.messages for p in m.params}
-        self.num_started = 0
-        self.weight: float | None = None
+        self.num_started, self.weight, self.has_begun = 0, 1.0, False
 
     def are_of(self, params: Sequence[Tensor]) -> bool:
         return [id(p) for p in params] == [id(p) for p in self.params]
 
     def begin(self, weight: float) -> None:
-        self.weight, self.num_started = weight, 0
+        self.num_started, self.weight, self.has_begun = 0, weight, True
         for message in self.messages:
             message.arrived.clear()
 
@@ -66,7 +65,7 @@ class Gradients:
             raise RuntimeError(
                 "expected one backward pass a step, got a second gradient of a parameter whose first may have been sent"
             )
-        message.put(param, self.weight or 0.0)
+        message.put(param, self.weight)
         while self.num_started < len(self.messages):
             message = self.messages[self.num_started]
             if not message.is_complete:
@@ -76,13 +75,13 @@ class Gradients:
 
     def send_all(self, weight: float) -> None:
         """Starts what has not been: all, without a backward pass under `sending`."""
-        if self.weight is None:
+        if not self.has_begun:
             self.begin(weight)
         for message in self.messages[self.num_started :]:
             for p in message.params:
                 if id(p) not in message.arrived:
                     self.put(p)
-        self.weight = None
+        self.has_begun = False
 
     def wait(self) -> None:
         for message in self.messages:

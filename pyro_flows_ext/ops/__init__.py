@@ -2,6 +2,7 @@
 
 from .chains import bulk_ess, normal_scores, r_hat
 from .checks import (
+    check_automatic,
     check_context_dim,
     check_event,
     check_event_dim,
@@ -38,6 +39,7 @@ __all__ = [
     "anderson",
     "broadcast_shapes",
     "bulk_ess",
+    "check_automatic",
     "check_context_dim",
     "check_event",
     "check_event_dim",

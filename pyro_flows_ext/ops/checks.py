@@ -63,6 +63,12 @@ def check_positive(name: str, value: int) -> int:
     return int(value)
 
 
+def check_automatic(name: str, value: bool | str) -> None:
+    """Raises `ValueError` unless `value` is True, False or "auto"."""
+    if value not in (True, False, "auto"):
+        raise ValueError(f'{name}: expected True, False or "auto", got {value!r}')
+
+
 def check_context_dim(value: int) -> int:
     """Returns `value` if it is a non-negative integer, 0 for no context; raises `ValueError` otherwise."""
     if int(value) != value or value < 0:

@@ -202,7 +202,7 @@ def _rows(found: Tensor) -> tuple[Any, ...]:
 
 
 def _between(z: Tensor, lower: Tensor, size: Tensor, out: Tensor) -> Tensor:
-    """Where z is between the ends of its bin, from 0 to 1 whatever the rounding."""
+    """The place of z between the ends of its bin, from 0 to 1 under any rounding."""
     return torch.sub(z, lower, out=out).div_(size).clamp_(0, 1)
 
 
@@ -212,6 +212,14 @@ def _slices(x: Tensor, size: int) -> Iterator[slice]:
     size = max(1, size) if x.device.type == "cpu" else max(1, n)
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))
+
+
+def scale_bins(source: Tensor, target: Tensor, num_bins: int) -> Tensor:
+    """Raw parameters `(3K - 1, *)`, or gradients by them, into `target` as `Spline` takes and returns them."""
+    torch.mul(source[: 2 * num_bins], BIN_SCALE, out=target[: 2 * num_bins])
+    if target is not source:
+        target[2 * num_bins :] = source[2 * num_bins :]
+    return target
 
 
 def fused_rq_spline(
@@ -240,9 +248,7 @@ def _run(spline: Spline, x: Tensor, raw: Tensor) -> tuple[Tensor, ...]:
     for rows in _slices(x, BLOCK // N):
         source = raw[rows].movedim(-1, 0)
         block = raw.new_empty(3 * K, source[0].numel())
-        target = block[:-1].view(source.shape)
-        torch.mul(source[: 2 * K], BIN_SCALE, out=target[: 2 * K])
-        target[2 * K :] = source[2 * K :]
+        scale_bins(source, block[:-1].view(source.shape), K)
         at = slice(rows.start * N, rows.stop * N)
         spline.locate(flat[at], block, found[:, at])
         kept.append(block)
@@ -278,7 +284,5 @@ class _FusedSpline(torch.autograd.Function):
             at, out = slice(rows.start * N, rows.stop * N), torch.empty_like(block)
             spline.spread(block, found[:, at], by[:, at], out)
             target = by_raw[rows].movedim(-1, 0)
-            source = out[:-1].view(target.shape)
-            torch.mul(source[: 2 * K], BIN_SCALE, out=target[: 2 * K])
-            target[2 * K :] = source[2 * K :]
+            scale_bins(out[:-1].view(target.shape), target, K)
         return None, by_x.view(x.shape), by_raw

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import fused
-from ..ops.fused_splines import BLOCK, Spline
+from ..ops.fused_splines import BLOCK, Spline, scale_bins
 from ..ops.perceptron import Activation, chain, layer_gradients, run_hidden
-from ..ops.rational_quadratic import BIN_SCALE
 from ..ops.splines import by_autograd
 from .fused_affine import Network, join, parts
 
@@ -45,20 +44,13 @@ class _Layer(NamedTuple):
         t = t.unflatten(0, (3 * self.settings[0] - 1, -1))
         if self.order is not None:
             t = t.index_select(1, self.order)
-        return self._scaled(t, torch.empty(t.shape, dtype=t.dtype, device=t.device))
+        return scale_bins(t, torch.empty(t.shape, dtype=t.dtype, device=t.device), self.settings[0])
 
     def from_elements(self, t: Tensor) -> Tensor:
         """Undoes `of_elements` for gradients, in place where it can."""
         if self.order is not None:
             t = t.index_select(1, self.order.argsort())
-        return self._scaled(t, t).flatten(0, 1)
-
-    def _scaled(self, source: Tensor, target: Tensor) -> Tensor:
-        bins = 2 * self.settings[0]
-        torch.mul(source[:bins], BIN_SCALE, out=target[:bins])
-        if target is not source:
-            target[bins:] = source[bins:]
-        return target
+        return scale_bins(t, t, self.settings[0]).flatten(0, 1)
 
     def chunks(self, x: Tensor, num_elements: int) -> Iterator[slice]:
         """Slices of the rows, so long that a block is full."""

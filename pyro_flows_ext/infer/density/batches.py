@@ -1,4 +1,4 @@
-"""What `fit_density` takes steps on: batches without end, and the loss on each."""
+"""Batches without end, and the loss on each, for the steps of `fit_density`."""
 
 from __future__ import annotations
 

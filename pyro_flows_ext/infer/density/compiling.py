@@ -95,7 +95,7 @@ class Compiler:
     def compile(
         self, steps: int, make: Callable[[], CompiledObjective]
     ) -> CompiledObjective | None:
-        """What `make` returns if it is due after that many eager steps; None with a warning if it failed but was asked for."""
+        """The result of `make` if it is due after that many eager steps; None if not, and if it failed, with a warning if asked for."""
         if not self.timing.is_due(steps):
             return None
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...distributions import Density
+from ...ops import check_automatic
 from .._loop import OptimFactory, SchedulerFactory, check_factories, check_settings, decay
 
 
@@ -55,12 +56,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     check_settings(
         given["lr"], given["schedule"], **{k: given[k] for k in counts if given[k] is not None}
     )
-    if given["standardize"] not in (True, False, "auto"):
-        raise ValueError(
-            f'standardize: expected True, False or "auto", got {given["standardize"]!r}'
-        )
-    if given["compile"] not in (True, False, "auto"):
-        raise ValueError(f'compile: expected True, False or "auto", got {given["compile"]!r}')
+    for name in ("standardize", "compile"):
+        check_automatic(name, given[name])
     if given["resume"] and given["checkpoint"] is None:
         raise ValueError("resume: expected checkpoint=, the file to go on from")
     check_factories(optim=given["optim"], scheduler=given["scheduler"])

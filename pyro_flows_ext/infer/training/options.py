@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro.optim import PyroOptim
 
+from ...ops import check_automatic
 from .._loop import check_factories, check_settings
 from .run import Options
 
@@ -34,8 +35,7 @@ def _check_options(given: dict[str, Any]) -> None:
             check_settings(given["lr"], given["schedule"], **{name: given[name]})
     check_settings(given["lr"], given["schedule"], max_steps=given["max_steps"])
     for name in ("warm_start", "refine", "compile"):
-        if given[name] not in (True, False, "auto"):
-            raise ValueError(f'{name}: expected True, False or "auto", got {given[name]!r}')
+        check_automatic(name, given[name])
     if not 0 < given["target_ess"] < 1:
         raise ValueError(f"target_ess: expected a number in (0, 1), got {given['target_ess']!r}")
     if given["resume"] and given["checkpoint"] is None:
