@@ -86,6 +86,7 @@ class Gradients:
     def wait(self) -> None:
         for message in self.messages:
             message.work.wait()
+            message.work = None  # which keeps threads of the backend alive
 
     def sum_of(self, param: Tensor) -> Tensor:
         return self.message_of[id(param)].parts[id(param)]

@@ -6,6 +6,7 @@ every batch, so that the batch is that of one process; gradients are averaged, a
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,6 +233,12 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
 
 
+def _end_group() -> None:
+    """Ends the threads of the backend before the interpreter ends, which they would otherwise abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def find_processes() -> Processes:
     """The processes of this run: those of `torch.distributed` where it is set up, or where `torchrun` started them."""
     if count_processes() == 1:
@@ -239,4 +246,5 @@ def find_processes() -> Processes:
     if not dist.is_initialized():
         both = "cpu:gloo,cuda:nccl"
         dist.init_process_group(both if torch.cuda.is_available() else "gloo")
+        atexit.register(_end_group)
     return Group()
